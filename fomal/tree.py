@@ -1,0 +1,50 @@
+"""Arithmetic on parameter dicts: name -> tensor; "stacked" means with the task axis in front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def stack(tree: Mapping[str, Tensor], tasks: int) -> Tree:
+    """One copy for each of `tasks` tasks, (T, ...), without using memory for them."""
+    return {name: t.expand(tasks, *t.shape) for name, t in tree.items()}
+
+
+def mean(tree: Mapping[str, Tensor]) -> Tree:
+    """Mean over the task axis."""
+    return {name: t.mean(0) for name, t in tree.items()}
+
+
+def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
+    """A - b."""
+    return {name: t - b[name] for name, t in a.items()}
+
+
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
+    """A + b."""
+    return {name: t + b[name] for name, t in a.items()}
+
+
+def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float) -> Tree:
+    """A + scale * b."""
+    return {name: torch.add(t, b[name], alpha=scale) for name, t in a.items()}
+
+
+def scaled(tree: Mapping[str, Tensor], scale: float) -> Tree:
+    """Scale * tree."""
+    return {name: t * scale for name, t in tree.items()}
+
+
+def detach(tree: Mapping[str, Tensor]) -> Tree:
+    """The same values, cut off from autograd."""
+    return {name: t.detach() for name, t in tree.items()}
+
+
+def to_device(tree: Mapping[str, Tensor], device: torch.device) -> Tree:
+    """The same values on `device`."""
+    return {name: t.to(device) for name, t in tree.items()}
