@@ -1,0 +1,167 @@
+"""The base of every fomal datamodule: an endless, seeded stream of meta-batches and fixed evaluation tasks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fomal.data.episode import Episode
+from fomal.data.sampler import SPLITS
+
+
+def positive(**values: int) -> None:
+    """Raise ValueError for the first named value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+
+
+class EpisodeStream(IterableDataset[Episode]):
+    """Meta-batches `start`, `start + 1`, ... of a split, as far as `stop` (None: endless).
+
+    Meta-batch m of size B holds the episodes m B .. (m + 1) B - 1, of which rank r of w takes every w-th;
+    loader worker j of J yields meta-batches start + j, start + j + J, ...; the loader puts them in order.
+    """
+
+    def __init__(
+        self,
+        data: EpisodeDataModule,
+        split: str,
+        batch: int,
+        start: int = 0,
+        tasks: int | None = None,
+    ) -> None:
+        self.data, self.split, self.batch, self.start, self.tasks = data, split, batch, start, tasks
+        self.rank, self.world = data.rank_and_world()
+
+    def __iter__(self) -> Iterator[Episode]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        batch = self.start + offset
+        while self.tasks is None or batch * self.batch < self.tasks:
+            number = torch.arange(batch * self.batch, (batch + 1) * self.batch)
+            if self.tasks is not None:
+                number = number[number < self.tasks]
+            number = number[number % self.world == self.rank]
+            if len(number):
+                yield self.data.episodes(self.split, number)
+            batch += stride
+
+
+class EpisodeDataModule(L.LightningDataModule):
+    """Streams few-shot tasks; a dataset says in `episodes` what episode number i of a split is.
+
+    Args:
+        shots: support examples per class in validation, test and prediction tasks.
+        query_shots: query examples per class in validation, test and prediction tasks.
+        train_shots: support examples per class in training tasks; None means as `shots`.
+        train_query_shots: query examples per class in training tasks, for rules that need a query set.
+        meta_batch_size: training tasks per meta-iteration, over all processes together.
+        val_tasks: number of validation tasks.
+        test_tasks: number of test tasks.
+        eval_tasks_per_batch: evaluation tasks adapted at once; bounds memory, results do not depend on it.
+        num_workers: loader processes; 0 samples in the training process.
+        seed: seed of the episode stream; the command line links it to `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        shots: int = 1,
+        query_shots: int = 1,
+        train_shots: int | None = None,
+        train_query_shots: int = 0,
+        meta_batch_size: int = 5,
+        val_tasks: int = 200,
+        test_tasks: int = 1000,
+        eval_tasks_per_batch: int = 50,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        train_shots = shots if train_shots is None else train_shots
+        positive(
+            shots=shots,
+            query_shots=query_shots,
+            train_shots=train_shots,
+            meta_batch_size=meta_batch_size,
+            val_tasks=val_tasks,
+            test_tasks=test_tasks,
+            eval_tasks_per_batch=eval_tasks_per_batch,
+        )
+        for name, value in {"train_query_shots": train_query_shots, "num_workers": num_workers, "seed": seed}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative.")
+        self.shots = shots
+        self.query_shots = query_shots
+        self.train_shots = train_shots
+        self.train_query_shots = train_query_shots
+        self.meta_batch_size = meta_batch_size
+        self.val_tasks = val_tasks
+        self.test_tasks = test_tasks
+        self.eval_tasks_per_batch = eval_tasks_per_batch
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @abstractmethod
+    def episodes(self, split: str, number: Tensor) -> Episode:
+        """The tasks `number` (T,) int64 of a split ("train", "val" or "test"): a pure function of its arguments."""
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Turn stored inputs into the network's floating-point inputs; runs on the device."""
+        return x
+
+    def examples(self, split: str) -> tuple[int, int]:
+        """Support and query examples per class of a split's tasks."""
+        return (self.train_shots, self.train_query_shots) if split == "train" else (self.shots, self.query_shots)
+
+    def rank_and_world(self) -> tuple[int, int]:
+        """This process's rank and the number of processes; (0, 1) without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        """Endless, from the trainer's present meta-iteration on, so that resuming equals not stopping."""
+        start = self.trainer.global_step if self.trainer else 0
+        world = self.rank_and_world()[1]
+        if self.meta_batch_size % world:
+            raise ValueError(
+                f"meta_batch_size={self.meta_batch_size} does not divide over {world} processes: "
+                f"use a multiple of {world}, or fewer devices."
+            )
+        return self._loader(EpisodeStream(self, "train", self.meta_batch_size, start))
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        """The first `val_tasks` tasks of the validation stream."""
+        return self._loader(EpisodeStream(self, "val", self.eval_tasks_per_batch, tasks=self.val_tasks))
+
+    def test_dataloader(self) -> DataLoader[Episode]:
+        """The first `test_tasks` tasks of the test stream."""
+        return self._loader(EpisodeStream(self, "test", self.eval_tasks_per_batch, tasks=self.test_tasks))
+
+    def predict_dataloader(self) -> DataLoader[Episode]:
+        """The same tasks as `test_dataloader`."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+        """Preprocess on the device."""
+        return batch._replace(support_x=self.preprocess(batch.support_x), query_x=self.preprocess(batch.query_x))
+
+    def _loader(self, stream: EpisodeStream) -> DataLoader[Episode]:
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def split_index(split: str) -> int:
+    """The place of `split` in `SPLITS`; ValueError for an unknown name."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
+    return SPLITS.index(split)

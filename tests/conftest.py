@@ -1,0 +1,93 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fomal import tree
+from fomal.data.episode import Episode
+from fomal.data.sampler import minibatch_plan
+from fomal.inner.objective import Objective
+from fomal.inner.optimizer import InnerOptimizer
+from fomal.inner.rollout import InnerLoop
+from fomal.models import Conv4
+
+
+def shared_data(name: str) -> Path:
+    """The folder `shared/data/<name>` beside the repository; skips the test without it, but fails it in CI."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / name
+    if not folder.is_dir():
+        reason = f"needs the data set {name}, which is not in ../shared/data/{name} beside the repository"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def omniglot_root() -> Path:
+    """The complete Omniglot, as its two zips."""
+    return shared_data("omniglot")
+
+
+class SmallConv(nn.Module):
+    """A small classifier with batch norm, quick in float64."""
+
+    def __init__(self, ways: int = 3) -> None:
+        super().__init__()
+        self.net = Conv4(ways=ways, in_channels=1, image_size=9, filters=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def classification_episode(tasks: int = 4, ways: int = 3, shots: int = 4, query: int = 2, seed: int = 0) -> Episode:
+    """Random images, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(ways)
+    return Episode(
+        support_x=torch.rand(tasks, ways * shots, 1, 9, 9, generator=generator, dtype=torch.float64),
+        support_y=labels.repeat_interleave(shots).expand(tasks, -1),
+        query_x=torch.rand(tasks, ways * query, 1, 9, 9, generator=generator, dtype=torch.float64),
+        query_y=labels.repeat_interleave(query).expand(tasks, -1),
+        number=torch.arange(tasks),
+        ways=ways,
+    )
+
+
+@pytest.fixture
+def episode() -> Episode:
+    """A meta-batch of random classification tasks."""
+    return classification_episode()
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """A network for it."""
+    torch.manual_seed(0)
+    return SmallConv().double()
+
+
+@pytest.fixture
+def make_inner(network: nn.Module, episode: Episode) -> Callable[..., InnerLoop]:
+    """Builds the inner loops of the meta-batch for an inner optimiser."""
+
+    def make(optimizer: InnerOptimizer, steps: int = 4, batch: int = 5, **changes: Any) -> InnerLoop:
+        phi = tree.detach(dict(network.named_parameters()))
+        settings = {
+            "objective": Objective(network, vectorize=True),
+            "optimizer": optimizer,
+            "state": optimizer.init(phi),
+            "plan": minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], steps, batch),
+            "episode": episode,
+        }
+        return InnerLoop(**{**settings, **changes})
+
+    return make

@@ -1,0 +1,45 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from fomal.data.datamodule import EpisodeStream
+from fomal.data.sinusoid import SinusoidDataModule
+
+
+def numbers(loader, batches):
+    return [episode.number.tolist() for episode in islice(iter(loader), batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_the_same_on_any_number_of_workers(workers):
+    loader = SinusoidDataModule(meta_batch_size=3, num_workers=workers).train_dataloader()
+    assert numbers(loader, 5) == [[3 * m, 3 * m + 1, 3 * m + 2] for m in range(5)]
+
+
+def test_worker_processes_draw_the_same_tasks():
+    one, two = (next(islice(iter(SinusoidDataModule(num_workers=w).train_dataloader()), 3, None)) for w in (0, 2))
+    assert torch.equal(one.support_y, two.support_y)
+
+
+def test_ranks_share_each_meta_batch(monkeypatch):
+    data = SinusoidDataModule(meta_batch_size=6)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr(data, "rank_and_world", lambda rank=rank: (rank, 3))
+        seen.append(numbers(EpisodeStream(data, "train", 6, start=2), 2))
+    for m in range(2):
+        assert sorted(n for rank in seen for n in rank[m]) == list(range(6 * (m + 2), 6 * (m + 3)))
+
+
+def test_a_meta_batch_that_does_not_divide_is_refused(monkeypatch):
+    data = SinusoidDataModule(meta_batch_size=5)
+    monkeypatch.setattr(data, "rank_and_world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="meta_batch_size=5 does not divide over 2 processes"):
+        data.train_dataloader()
+
+
+def test_evaluation_covers_each_task_once():
+    data = SinusoidDataModule(test_tasks=7, val_tasks=5, eval_tasks_per_batch=3)
+    assert numbers(data.test_dataloader(), 99) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert numbers(data.val_dataloader(), 99) == [[0, 1, 2], [3, 4]]
