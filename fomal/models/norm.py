@@ -1,0 +1,55 @@
+"""Batch norm that always normalises with the statistics of the batch at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the second, with batch statistics in training and evaluation alike.
+
+    There are no running averages, as in the released Reptile code. Computes in float32 at least, so that it is
+    right under autocast, and can be vectorised over tasks.
+
+    Args:
+        features: channels, the size of the second axis.
+        eps: added to the variance; the released code's 1e-3.
+        affine: whether to learn a scale and a shift.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-3, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(features)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) to the same shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            y = nn.functional.batch_norm(wide, None, None, training=True, eps=self.eps)
+            if self.weight is not None and self.bias is not None:
+                # Apart, because torch's batch norm with weights of its own has a wrong second derivative under vmap.
+                channels = (-1,) + (1,) * (x.dim() - 2)
+                y = y * self.weight.view(channels) + self.bias.view(channels)
+        return y.to(x.dtype)
+
+
+def use_batch_statistics(network: nn.Module) -> list[str]:
+    """Replace, in place, every batch norm of torch by one that always uses batch statistics.
+
+    Running averages mean nothing between tasks, and forbid vectorising over them.
+
+    Returns:
+        The names of the modules replaced.
+    """
+    replaced = []
+    for parent_name, parent in list(network.named_modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                norm = BatchNorm(child.num_features, child.eps, affine=False)
+                norm.weight, norm.bias = child.weight, child.bias  # keep the parameters themselves
+                setattr(parent, name, norm)
+                replaced.append(f"{parent_name}.{name}".lstrip("."))
+    return replaced
