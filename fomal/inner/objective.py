@@ -1,0 +1,148 @@
+"""Losses, gradients and predictions of a network for many tasks at once, each with parameters of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fomal.tree import Tree, stack
+
+log = logging.getLogger(__name__)
+
+
+class Objective:
+    """The inner problem of a network: cross-entropy for integer labels, mean squared error for real targets.
+
+    Tasks are vectorised with `torch.func.vmap`; a network that cannot be (data-dependent control flow, say) is run
+    in a loop over the tasks, with the same results.
+
+    Args:
+        network: any module; reached through `torch.func.functional_call`.
+        vectorize: True or False to decide; None tries and falls back, with one line that says why.
+    """
+
+    def __init__(self, network: nn.Module, vectorize: bool | None = None) -> None:
+        self.network = network
+        self.vectorize = vectorize
+        self._order = 0 if vectorize is None else 2  # up to which order of derivatives `vectorize` is settled
+
+    def decide(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
+        """Settle `vectorize`: try it on two tasks, and compare with the loop.
+
+        Args:
+            params: one set of parameters.
+            x: (2, B, *input).
+            y: (2, B) labels, or targets (2, B, *output).
+            second_order: whether derivatives of the gradients will be needed too; some of torch's operations have
+                wrong ones under vmap.
+        """
+        if self._order >= 1 + second_order:
+            return
+        self._order = 1 + second_order
+        stacked = stack(params, len(x))
+        was_training = self.network.training
+        self.network.eval()  # dropout would make the two differ
+        try:
+            self.vectorize = False
+            expected = self._derivatives(stacked, x, y, second_order)  # an error of the network itself is raised here
+            self.vectorize = True
+            try:
+                reason = _difference(self._derivatives(stacked, x, y, second_order), expected)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                reason = str(error).strip().splitlines()[0]
+        finally:
+            self.network.train(was_training)
+        if reason:
+            self.vectorize = False
+            log.warning(
+                "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s",
+                type(self.network).__name__,
+                reason,
+            )
+
+    def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
+        """Gradients and, if asked for, the gradient of their squared norm, which has the Hessian in it."""
+
+        def squared_norm(params: Tree) -> Tensor:
+            return torch.stack([g.square().sum() for g in self.gradients(params, x, y)[0].values()]).sum()
+
+        first = self.gradients(params, x, y)[0]
+        return [first, torch.func.grad(squared_norm)(params)] if second_order else [first]
+
+    def gradients(self, params: Tree, x: Tensor, y: Tensor) -> tuple[Tree, Tensor]:
+        """Each task's loss and its gradient.
+
+        Args:
+            params: stacked parameters, (T, ...) each.
+            x: (T, B, *input).
+            y: (T, B) labels, or targets (T, B, *output).
+
+        Returns:
+            The gradients, stacked, and the losses (T,).
+        """
+        return self._over_tasks(torch.func.grad_and_value(self._loss))(params, x, y)  # type: ignore[no-any-return]
+
+    def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
+        return self._over_tasks(self._loss)(params, x, y)  # type: ignore[no-any-return]
+
+    def predict(self, params: Tree, x: Tensor) -> Tensor:
+        """Outputs (T, B, *output) with all of a task's inputs x (T, B, *input) in one forward pass."""
+        return self._over_tasks(self._forward)(params, x)  # type: ignore[no-any-return]
+
+    def predict_alone(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
+        """Outputs (T, Q, *output) with each query forwarded together with the whole support set and nothing else.
+
+        Args:
+            params: stacked parameters.
+            support_x: (T, S, *input).
+            query_x: (T, Q, *input).
+        """
+
+        def with_support(params: Tree, support: Tensor, query: Tensor) -> Tensor:
+            return self._forward(params, torch.cat([support, query[None]]))[-1]  # (S + 1, *input) -> (*output)
+
+        def task(params: Tree, support: Tensor, queries: Tensor) -> Tensor:
+            if self.vectorize:
+                return torch.func.vmap(with_support, in_dims=(None, None, 0), randomness="different")(
+                    params, support, queries
+                )
+            return torch.stack([with_support(params, support, query) for query in queries])
+
+        return self._over_tasks(task)(params, support_x, query_x)  # type: ignore[no-any-return]
+
+    def _forward(self, params: Tree, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.network, params, (x,))  # type: ignore[no-any-return]
+
+    def _loss(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        output = self._forward(params, x)
+        return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y)
+
+    def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        if self.vectorize:
+            return torch.func.vmap(fn, randomness="different")
+
+        def looped(*args: Any) -> Any:
+            tasks = len(args[-1])
+            results = [fn(*tree_map(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)]
+            leaves = zip(*(tree_flatten(result)[0] for result in results), strict=True)
+            return tree_unflatten([torch.stack(leaf) for leaf in leaves], tree_flatten(results[0])[1])
+
+        return looped
+
+
+def _difference(found: list[Tree], expected: list[Tree]) -> str:
+    """What is wrong with `found`, in words; empty where it equals `expected` up to rounding."""
+    for a, b, what in zip(found, expected, ("gradient", "second derivative"), strict=False):
+        error = torch.stack([(a[name] - b[name]).norm() for name in b]).norm()
+        scale = torch.stack([value.norm() for value in b.values()]).norm()
+        tolerance = 1e-6 if scale.dtype == torch.float64 else 1e-2
+        if not error <= tolerance * scale + torch.finfo(scale.dtype).tiny:
+            return f"its vectorised {what} is off by {error / scale:.1e} of its norm"
+    return ""
