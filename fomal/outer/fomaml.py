@@ -1,0 +1,39 @@
+"""First-order MAML, in the form of the released Reptile code and in the form of Finn et al."""
+
+from __future__ import annotations
+
+from fomal import tree
+from fomal.inner.rollout import InnerLoop, Trajectory
+from fomal.outer.rule import OuterRule
+from fomal.tree import Tree
+
+
+class FOMAML(OuterRule):
+    """The released code's FOMAML: the displacement of the last inner step alone (Nichol et al. 2018, section 6.2).
+
+    Args:
+        tail_shots: examples per class kept for the last mini-batch alone (separate tail); None lets it overlap the
+            earlier ones (shared tail).
+    """
+
+    def __init__(self, tail_shots: int | None = None) -> None:
+        if tail_shots is not None and tail_shots < 1:
+            raise ValueError(f"tail_shots={tail_shots} must be at least 1, or null for a shared tail.")
+        self.tail_shots = tail_shots
+
+    def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
+        """See `OuterRule`."""
+        steps = len(inner.plan)
+        trajectory = inner.rollout(start, step_weights=[0.0] * (steps - 1) + [1.0])
+        return tree.scaled(tree.mean(trajectory.combination), -1.0), trajectory
+
+
+class QueryFOMAML(OuterRule):
+    """First-order MAML of Finn et al. 2017: the raw gradient of the query loss at the adapted parameters."""
+
+    needs_query = True
+
+    def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
+        """See `OuterRule`."""
+        trajectory = inner.rollout(start)
+        return tree.mean(inner.query_gradients(trajectory.end)), trajectory
