@@ -1,0 +1,61 @@
+"""Judge an initialisation: adapt to each task's support set, predict its query set, as Nichol et al. 2018 do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomal.inner.rollout import InnerLoop
+from fomal.tree import Tree, stack
+
+
+class ClassificationResult(NamedTuple):
+    """Per-task results.
+
+    Attributes:
+        logits: (T, Q, ways), each query forwarded with the support set and nothing else.
+        logits_transductive: (T, Q, ways), all queries of a task forwarded together.
+        accuracy: (T,), share of the queries predicted right from `logits`.
+        accuracy_transductive: (T,), likewise from `logits_transductive`.
+    """
+
+    logits: Tensor
+    logits_transductive: Tensor
+    accuracy: Tensor
+    accuracy_transductive: Tensor
+
+
+class RegressionResult(NamedTuple):
+    """Per-task results.
+
+    Attributes:
+        predictions: (T, Q, *output) after the last step.
+        losses: (T, k + 1), query loss before the first step and after each.
+    """
+
+    predictions: Tensor
+    losses: Tensor
+
+
+@torch.no_grad()
+def classify(inner: InnerLoop, start: Tree) -> ClassificationResult:
+    """Adapt from `start` and classify the queries under both protocols, in one pass over the tasks."""
+    episode, objective = inner.episode, inner.objective
+    adapted = inner.rollout(start).end
+    alone = objective.predict_alone(adapted, episode.support_x, episode.query_x)  # (T, Q, ways)
+    together = objective.predict(adapted, episode.query_x)  # (T, Q, ways)
+    right, right_together = ((logits.argmax(-1) == episode.query_y).double().mean(1) for logits in (alone, together))
+    return ClassificationResult(alone, together, right, right_together)
+
+
+@torch.no_grad()
+def regress(inner: InnerLoop, start: Tree) -> RegressionResult:
+    """Adapt from `start` and measure the query loss before the first step and after each."""
+    params = stack(start, inner.episode.tasks)
+    losses = [inner.query_losses(params)]  # each (T,)
+    for step in inner.steps(start):
+        params = step.after
+        losses.append(inner.query_losses(params))
+    return RegressionResult(inner.objective.predict(params, inner.episode.query_x), torch.stack(losses, 1))

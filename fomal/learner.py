@@ -1,0 +1,327 @@
+"""The meta-learner: a LightningModule around a network, an outer rule and an inner optimiser."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import SGD as TorchSGD
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from fomal import tree
+from fomal.data.datamodule import EpisodeDataModule
+from fomal.data.episode import Episode
+from fomal.data.sampler import Plan, minibatch_plan, separate_tail
+from fomal.distributed import average_over_processes
+from fomal.evaluation import ClassificationResult, RegressionResult, classify, regress
+from fomal.inner.objective import Objective
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, mean_state
+from fomal.inner.rollout import InnerLoop, take
+from fomal.metrics import TaskMean
+from fomal.models.norm import use_batch_statistics
+from fomal.outer.rule import OuterRule
+from fomal.tree import Tree
+
+
+class MetaLearner(L.LightningModule):
+    """Learns an initialisation of `network` from which a few inner steps solve a new task.
+
+    Optimisation is manual: in each meta-iteration `rule` adapts a meta-batch of tasks with `inner_optimizer` and
+    returns an outer gradient, which `outer_optimizer` descends. Classification or regression follows from the
+    data's labels (int64, or floating point).
+
+    Args:
+        network: any module from inputs (B, *input) to outputs (B, ways) or (B, *output).
+        rule: outer rule, e.g. `fomal.outer.Reptile`.
+        inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
+        outer_optimizer: any torch optimiser; SGD with lr = eps is the paper's interpolation.
+        outer_schedule: any torch scheduler, stepped once a meta-iteration; null is the paper's, which goes linearly
+            from the outer step size to `outer_final` times it at `trainer.max_steps`.
+        outer_final: share of the outer step size that is left at the end of the linear schedule.
+        inner_steps: inner steps on a training task, k.
+        inner_batch_size: support examples per inner step on a training task.
+        inner_replacement: draw each mini-batch independently, rather than in shuffled passes.
+        inner_state: whether the inner optimiser's state is carried from task to task, as in the released code, or
+            reset for each.
+        eval_inner_steps: inner steps on a validation, test or prediction task.
+        eval_inner_batch_size: support examples per inner step on such a task.
+        vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
+
+    Raises:
+        ValueError: for settings that do not fit together, naming argument and remedy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rule: OuterRule,
+        inner_optimizer: InnerOptimizer,
+        outer_optimizer: OptimizerCallable = lambda params: TorchSGD(params, lr=1.0),
+        outer_schedule: LRSchedulerCallable | None = None,
+        outer_final: float = 0.0,
+        inner_steps: int = 5,
+        inner_batch_size: int = 10,
+        inner_replacement: bool = False,
+        inner_state: Literal["carried", "reset"] = "carried",
+        eval_inner_steps: int = 50,
+        eval_inner_batch_size: int = 5,
+        vectorize: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "inner_batch_size": inner_batch_size,
+            "eval_inner_steps": eval_inner_steps,
+            "eval_inner_batch_size": eval_inner_batch_size,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if inner_state not in ("carried", "reset"):
+            raise ValueError(f"inner_state={inner_state!r} is unknown: use carried or reset.")
+        rule.check(inner_steps, inner_optimizer)
+        self.automatic_optimization = False
+        self.network = network
+        self.rule = rule
+        self.inner_optimizer = inner_optimizer
+        self.outer_optimizer = outer_optimizer
+        self.outer_schedule = outer_schedule
+        self.outer_final = outer_final
+        self.inner_steps = inner_steps
+        self.inner_batch_size = inner_batch_size
+        self.inner_replacement = inner_replacement
+        self.inner_state = inner_state
+        self.eval_inner_steps = eval_inner_steps
+        self.eval_inner_batch_size = eval_inner_batch_size
+        replaced = use_batch_statistics(network)
+        if replaced:
+            rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
+        self.objective = Objective(network, vectorize)
+        self.carried: State | None = None
+        self.config: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.train_losses = TaskMean(2)  # on the first and on the last mini-batch
+        self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
+        self.accuracies = TaskMean(2)  # alone, transductive
+        self.losses_by_step = TaskMean(eval_inner_steps + 1)
+
+    # -- the parts of a meta-iteration
+
+    def initialisation(self) -> Tree:
+        """The trainable parameters of the network, cut off from autograd."""
+        return {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def inner_loop(self, episode: Episode, training: bool) -> InnerLoop:
+        """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""
+        phi = self.initialisation()
+        state = self.inner_optimizer.init(phi) if self.carried is None else self.carried
+        device = next(iter(phi.values())).device
+        return InnerLoop(
+            objective=self.objective,
+            optimizer=self.inner_optimizer,
+            state={part: tree.to_device(values, device) for part, values in state.items()},
+            plan=self._train_plan(episode) if training else self._eval_plan(episode),
+            episode=episode.floating(next(iter(phi.values())).dtype),
+        )
+
+    def _train_plan(self, episode: Episode) -> Plan:
+        examples, steps = episode.support_x.shape[1], self.inner_steps
+        schedule = (self.inner_batch_size, self.inner_replacement)
+        stream = (episode.seed, episode.split, episode.number)
+        if self.rule.tail_shots is None:
+            return minibatch_plan(*stream, examples, steps, *schedule)
+        head, tail = separate_tail(examples, episode.ways, self.rule.tail_shots)
+        head, tail = head.to(episode.number.device), tail.to(episode.number.device)
+        plan = minibatch_plan(*stream, len(head), steps - 1, *schedule)
+        return (*(head[batch] for batch in plan), tail.expand(episode.tasks, -1))
+
+    def _eval_plan(self, episode: Episode) -> Plan:
+        return minibatch_plan(
+            episode.seed,
+            episode.split,
+            episode.number,
+            episode.support_x.shape[1],
+            self.eval_inner_steps,
+            self.eval_inner_batch_size,
+            self.inner_replacement,
+        )
+
+    # -- training
+
+    def training_step(self, batch: Episode, batch_idx: int) -> None:
+        """One meta-iteration."""
+        # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
+        torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
+        gradient, trajectory = self.rule(self.inner_loop(batch, training=True), self.initialisation())
+        state = mean_state(trajectory.state) if self.inner_state == "carried" else {}
+        moments = {part: values for part, values in state.items() if part != SHARED}
+        gradient, *averaged = average_over_processes([gradient, *moments.values()])
+        if state:
+            self.carried = state | dict(zip(moments, averaged, strict=True))
+        for name, parameter in self.network.named_parameters():
+            parameter.grad = gradient.get(name)
+        self._optimizer().step()
+        self._scheduler().step()
+        self._log_training(trajectory.losses)
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # configure_optimizers returns one
+        return optimizer
+
+    def _scheduler(self) -> LRScheduler:
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LRScheduler)  # configure_optimizers returns one
+        return scheduler
+
+    def _log_training(self, losses: Tensor) -> None:
+        self.train_losses.update(losses[[0, -1]].T)
+        if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined] # set by a helper
+            return
+        (first, last), _ = self.train_losses.compute()
+        self.train_losses.reset()
+        self.log_dict(
+            {
+                "train/loss_first_step": first,
+                "train/loss_last_step": last,
+                "outer_lr": self._optimizer().param_groups[0]["lr"],
+                "step": float(self.global_step),  # the logger's x axis, in meta-iterations
+            }
+        )
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The outer optimiser over the trainable parameters, and its schedule."""
+        optimizer = self.outer_optimizer(p for p in self.network.parameters() if p.requires_grad)
+        if self.outer_schedule is not None:
+            schedule = self.outer_schedule(optimizer)
+            if not isinstance(schedule, LRScheduler) or isinstance(
+                schedule, torch.optim.lr_scheduler.ReduceLROnPlateau
+            ):
+                raise ValueError(
+                    f"outer_schedule={type(schedule).__name__} waits for a metric, but is stepped every "
+                    f"meta-iteration: use one of the step alone, e.g. torch.optim.lr_scheduler.CosineAnnealingLR."
+                )
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+        total, final = self.trainer.max_steps, self.outer_final
+        if total < 1 and final != 1:
+            raise ValueError(
+                f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
+                f"or model.outer_final: 1 for a constant step size."
+            )
+        schedule = LambdaLR(optimizer, lambda step: 1 + (final - 1) * min(step / max(total, 1), 1))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # -- evaluation
+
+    def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
+        """Adapt to the support sets and predict the query sets; changes neither weights nor carried state."""
+        inner, phi = self.inner_loop(episode, training=False), self.initialisation()
+        return regress(inner, phi) if episode.is_regression else classify(inner, phi)
+
+    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+        """Evaluate a batch of tasks."""
+        result = self.evaluate(batch)
+        if isinstance(result, RegressionResult):
+            self.losses_by_step.update(result.losses)
+        else:
+            self.accuracies.update(torch.stack([result.accuracy, result.accuracy_transductive], 1))
+
+    def test_step(self, batch: Episode, batch_idx: int) -> None:
+        """Evaluate a batch of tasks."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Tensor]:
+        """The predictions for a batch of tasks, with their episode numbers and true targets."""
+        result = self.evaluate(batch)
+        return {"number": batch.number, "query_y": batch.query_y, **result._asdict()}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        figures: dict[str, tuple[Tensor, Tensor]] = {}
+        tasks = 0
+        self.results = {}
+        if self.accuracies.update_called:
+            (alone, together), (alone_ci, together_ci) = self.accuracies.compute()
+            figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
+            tasks = int(self.accuracies.total_tasks)
+        if self.losses_by_step.update_called:
+            mean, ci = self.losses_by_step.compute()
+            figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
+            self.results["loss_by_step"] = mean.tolist()
+            self.results["loss_by_step_ci95"] = ci.tolist()
+            tasks = int(self.losses_by_step.total_tasks)
+        metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
+        metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
+        self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
+        self.log_dict({**metrics, "step": float(self.global_step)} if stage == "val" else metrics)
+        self.accuracies.reset()
+        self.losses_by_step.reset()
+
+    # -- checks before work starts, and checkpoints
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} would need loss scaling inside the inner loop, which is "
+                f"not there: use 32-true, or bf16-mixed."
+            )
+        if self.trainer.precision == "bf16-true":
+            rank_zero_warn("trainer.precision=bf16-true rounds small outer steps away; bf16-mixed does not.")
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, EpisodeDataModule):
+            split = {"fit": "train", "validate": "val"}.get(stage, "test")
+            if stage == "fit" and self.rule.needs_query and not data.train_query_shots:
+                raise ValueError(
+                    f"{type(self.rule).__name__} needs a query set, but data.train_query_shots=0: "
+                    f"set data.train_query_shots to 1 or more."
+                )
+            episode = data.on_after_batch_transfer(data.episodes(split, torch.arange(2)).check(), 0)
+            self._check_network(episode, training=stage == "fit")
+
+    @torch.no_grad()
+    def _check_network(self, episode: Episode, training: bool) -> None:
+        inner, phi = self.inner_loop(episode, training), self.initialisation()
+        x, y = (take(part, inner.plan[0]) for part in (inner.episode.support_x, inner.episode.support_y))
+        output = self.network(x[0])  # (B, ...)
+        if episode.is_regression and output.shape != y[0].shape:
+            raise ValueError(
+                f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "
+                f"{tuple(y.shape[2:])}: give the network as many outputs."
+            )
+        if not episode.is_regression and output.shape[1:] != (episode.ways,):
+            raise ValueError(
+                f"model.network returns {tuple(output.shape[1:])} per example, but data.ways={episode.ways}: "
+                f"give the network {episode.ways} outputs, or change data.ways."
+            )
+        self.objective.decide(phi, x, y, second_order=training and self.rule.differentiates)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""
+        checkpoint["fomal"] = {"config": self.config, "carried": self.carried, "max_steps": self.trainer.max_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
+        if "fomal" not in checkpoint:
+            raise ValueError("ckpt_path is not a checkpoint of fomal's MetaLearner: it has no entry 'fomal'.")
+        saved = checkpoint["fomal"]
+        resuming = self._trainer is not None and self.trainer.state.fn == "fit"
+        if resuming and self.outer_schedule is None and self.outer_final != 1:
+            before, now = saved["max_steps"], self.trainer.max_steps
+            if before != now:
+                raise ValueError(
+                    f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
+                    f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
+                )
+        self.carried = saved["carried"]

@@ -1,0 +1,50 @@
+"""The mean over tasks and its 95 % confidence interval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TaskMean(Metric):
+    """Mean over tasks of one or several figures per task, with the normal 95 % confidence half-width.
+
+    Sums are kept in float64 and added over processes, so neither batching nor sharding changes the result beyond
+    rounding at 1e-15.
+
+    Args:
+        size: figures per task; None for one.
+        kwargs: see `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    total: Tensor
+    squares: Tensor
+    total_tasks: Tensor
+
+    def __init__(self, size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shape = () if size is None else (size,)
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total_tasks", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Add tasks: (T,), or (T, size)."""
+        values = values.double()
+        self.total += values.sum(0)
+        self.squares += values.square().sum(0)
+        self.total_tasks += len(values)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The mean and the half-width 1.96 s / sqrt(T), s with T - 1 degrees of freedom; NaN for fewer than 2 tasks."""
+        mean = self.total / self.total_tasks
+        variance = (self.squares - self.total_tasks * mean.square()).clamp_min(0) / (self.total_tasks - 1)
+        return mean, 1.96 * (variance / self.total_tasks).sqrt()
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> TaskMean:
+        """Keep float64 whatever the precision of the run."""
+        return self
