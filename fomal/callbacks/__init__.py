@@ -1,0 +1,8 @@
+"""Lightning callbacks: progress, checkpoints, results and figures of a run."""
+
+from fomal.callbacks.checkpoint import SaveLast
+from fomal.callbacks.figures import AdaptationFigure, LearningCurve
+from fomal.callbacks.progress import MetaProgressBar
+from fomal.callbacks.results import PredictionsFile, ResultsFile
+
+__all__ = ["AdaptationFigure", "LearningCurve", "MetaProgressBar", "PredictionsFile", "ResultsFile", "SaveLast"]

@@ -1,0 +1,155 @@
+"""A progress bar that counts meta-iterations."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fomal.data.episode import Episode
+
+_FIGURES = ("val/accuracy", "val/accuracy_transductive", "val/loss")
+
+
+class MetaProgressBar(ProgressBar):
+    """Shows the meta-iteration, the rate, the time left and the last validation result.
+
+    On a terminal it is a bar; elsewhere (a log file) a line every so many seconds and after each validation.
+
+    Args:
+        refresh: seconds between updates of the bar.
+        line_every: seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, refresh: float = 0.5, line_every: float = 60.0) -> None:
+        super().__init__()
+        self.refresh, self.line_every = refresh, line_every
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._console = Console()
+        self._last_time = self._last_step = self._rate = 0.0
+
+    def enable(self) -> None:
+        """Show."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing, e.g. in every process but the first."""
+        self._enabled = False
+
+    # -- training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the bar at the present meta-iteration."""
+        self._open("meta-iterations", trainer.max_steps if trainer.max_steps > 0 else None, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Episode, batch_idx: int
+    ) -> None:
+        """Move on, a few times a second at most."""
+        self._advance(trainer.global_step, self._validation_figures(trainer))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the new validation result."""
+        if trainer.state.fn == "fit":
+            self._advance(trainer.global_step, self._validation_figures(trainer), force=True)
+            self._last_time = time.monotonic()  # the time that validation took is not the rate's
+        else:
+            self._close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar at its end."""
+        self._advance(trainer.global_step, self._validation_figures(trainer), force=True)
+        self._close()
+
+    # -- evaluation
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count validation batches, unless in the midst of training."""
+        if trainer.state.fn != "fit":
+            self._open("batches of tasks", None, 0)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count test batches."""
+        self._open("batches of tasks", None, 0)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count prediction batches."""
+        self._open("batches of tasks", None, 0)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Move on."""
+        if trainer.state.fn != "fit":
+            self._evaluated(*args)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Move on."""
+        self._evaluated(*args)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Move on."""
+        self._evaluated(*args)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar at its end."""
+        self._close()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar at its end."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Free the terminal."""
+        self._close()
+
+    # -- drawing
+
+    def _evaluated(self, outputs: Any, batch: Episode, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._advance(batch_idx + 1, "")
+
+    def _validation_figures(self, trainer: L.Trainer) -> str:
+        shown = (
+            f"{name} {trainer.callback_metrics[name]:.4f}" for name in _FIGURES if name in trainer.callback_metrics
+        )
+        return "  ".join(shown)
+
+    def _open(self, what: str, total: int | None, start: int) -> None:
+        self._last_time, self._last_step, self._rate = time.monotonic(), float(start), 0.0
+        self._what, self._total = what, total
+        if self._enabled and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.fields[goal]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[rate]}  {task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
+            goal = "-" if total is None else str(total)
+            self._bar.add_task(what, total=total, completed=start, goal=goal, rate="", note="")
+            self._bar.start()
+
+    def _advance(self, step: int, note: str, force: bool = False) -> None:
+        passed = time.monotonic() - self._last_time
+        due = self.refresh if self._bar else self.line_every
+        if not self._enabled or (passed < due and not force):
+            return
+        if step > self._last_step and passed > 0:
+            self._rate = (step - self._last_step) / passed
+        self._last_time, self._last_step = time.monotonic(), float(step)
+        rate = f"{self._rate:.1f}/s" if self._rate >= 1 or not self._rate else f"{1 / self._rate:.2f} s each"
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step, rate=rate, note=note, refresh=True)
+        else:
+            goal = "" if self._total is None else f"/{self._total}"
+            print(f"{self._what} {step}{goal}  {rate}  {note}".rstrip(), flush=True)
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None

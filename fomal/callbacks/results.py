@@ -1,0 +1,150 @@
+"""Write down what an evaluation found."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fomal.callbacks.folder import run_folder
+from fomal.data.episode import Episode
+from fomal.files import keep_earlier
+from fomal.learner import MetaLearner
+
+_PACKAGES = ("fomal", "torch", "lightning", "torchmetrics", "torchvision", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+class ResultsFile(Callback):
+    """Prints a table after `test` or `validate`, and after `test` writes `results.json` into the run's folder.
+
+    It holds the metrics with their 95 % half-widths, the number of tasks, seed, configuration, package versions,
+    checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the table after `validate`."""
+        if trainer.state.fn == "validate" and trainer.is_global_zero and isinstance(pl_module, MetaLearner):
+            print_table(pl_module.results)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the table and write the file."""
+        if not trainer.is_global_zero or not isinstance(pl_module, MetaLearner):
+            return
+        print_table(pl_module.results)
+        config = pl_module.config
+        results = pl_module.results | {
+            "seed": config.get("seed_everything"),
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "meta_iterations": _meta_iterations(trainer),
+            "wall_time_s": round(time.monotonic() - self._started, 3),
+            "versions": versions(),
+            "config": config,
+        }
+        path = run_folder(trainer) / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_earlier(path)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        rank_zero_info(f"Results are in {path}.")
+
+
+def _meta_iterations(trainer: L.Trainer) -> int | None:
+    checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+    return checkpoint.get("global_step") if checkpoint else None
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print metrics with their 95 % intervals over tasks, accuracies in per cent."""
+    table = Table(title=f"{results['tasks']} tasks")
+    table.add_column("metric")
+    table.add_column("mean", justify="right")
+    table.add_column("95 % interval", justify="right")
+    metrics = results["metrics"]
+    for name in (name for name in metrics if not name.endswith("_ci95")):
+        scale, unit = (100, " %") if "accuracy" in name else (1, "")
+        table.add_row(name, f"{scale * metrics[name]:.2f}{unit}", f"± {scale * metrics[f'{name}_ci95']:.2f}")
+    Console().print(table)
+
+
+class PredictionsFile(Callback):
+    """After `predict`, writes `predictions.csv` into the run's folder: one row for each query of each episode."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Episode,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the rows of a batch."""
+        self._rows += _classification_rows(outputs) if "logits" in outputs else _regression_rows(outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file."""
+        path = run_folder(trainer) / "predictions.csv"
+        if trainer.world_size > 1:  # each process has the tasks of its own
+            path = path.with_name(f"predictions_rank{trainer.global_rank}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_earlier(path)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self._rows[0]))
+            writer.writeheader()
+            writer.writerows(self._rows)
+        self._rows = []
+        rank_zero_info(f"Predictions are in {path}.")
+
+
+def _classification_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+    label = outputs["query_y"].tolist()
+    probability, prediction = outputs["logits"].float().softmax(-1).max(-1)  # (T, Q) each
+    probability_t, prediction_t = outputs["logits_transductive"].float().softmax(-1).max(-1)
+    columns = [t.tolist() for t in (prediction, probability, prediction_t, probability_t)]
+    return [
+        {
+            "episode": number,
+            "query": q,
+            "label": label[t][q],
+            "prediction": columns[0][t][q],
+            "probability": columns[1][t][q],
+            "prediction_transductive": columns[2][t][q],
+            "probability_transductive": columns[3][t][q],
+        }
+        for t, number in enumerate(outputs["number"].tolist())
+        for q in range(len(label[t]))
+    ]
+
+
+def _regression_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+    target, prediction = (outputs[name].flatten(2).tolist() for name in ("query_y", "predictions"))
+    return [
+        {"episode": number, "query": q, "output": o, "target": target[t][q][o], "prediction": prediction[t][q][o]}
+        for t, number in enumerate(outputs["number"].tolist())
+        for q in range(len(target[t]))
+        for o in range(len(target[t][q]))
+    ]

@@ -1,0 +1,1 @@
+"""Figures: one per file; they read results and never train."""
