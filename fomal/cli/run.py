@@ -1,0 +1,251 @@
+"""The verbs that run a trainer: fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from fomal.callbacks import LearningCurve, MetaProgressBar, PredictionsFile, ResultsFile, SaveLast
+from fomal.callbacks.folder import is_trial, run_folder
+from fomal.cli import checkpoint, links
+from fomal.cli.configs import DEFAULT, find_config
+from fomal.cli.errors import UsageError
+from fomal.cli.explain import explain
+from fomal.cli.given import Given, with_config_paths
+from fomal.cli.help import HelpFormatter
+from fomal.data.datamodule import EpisodeDataModule
+from fomal.files import keep_earlier
+from fomal.learner import MetaLearner
+
+# Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
+_OURS = {"verbose": False, "weights_only": True}
+_PRINT_FLAGS = {"skip_default": "skip_default", "skip_unset": "skip_unset", "comments": "with_comments"}
+
+
+def run(verb: str, args: Sequence[str]) -> FomalCLI:
+    """Parse `args`, build everything, and run `verb`."""
+    with warnings.catch_warnings():
+        # Lightning's own use of torch; nothing the user could change.
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+        try:
+            return FomalCLI(verb, args)
+        except SystemExit as stop:
+            # The trainer turns Ctrl-C into exit code 1, and leaves it ignored.
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise stop.__context__ from None
+            raise
+
+
+def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
+    """The callbacks of every run from the command line, unless its config has one of the same class.
+
+    Args:
+        trainer: the trainer's settings; they can turn the progress bar and checkpoints off.
+    """
+    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve()]
+    if trainer.get("enable_progress_bar") is not False:
+        chosen.append(MetaProgressBar())
+    if trainer.get("enable_checkpointing") is not False:
+        chosen.append(SaveLast())
+    configured = trainer.get("callbacks") or []
+    configured = configured if isinstance(configured, list) else [configured]
+    return [callback for callback in chosen if not any(isinstance(other, type(callback)) for other in configured)]
+
+
+def trainer_defaults(verb: str) -> dict[str, Any]:
+    """Trainer settings that differ from Lightning's: training counts meta-iterations, not epochs."""
+    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": ""}}
+    return {
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 1000,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 50,
+        "inference_mode": False,
+        "enable_model_summary": False,
+        "logger": csv if verb == "fit" else False,
+    }
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Tell the user one line, beside the output proper."""
+    print(f"fomal: {text}", file=sys.stderr, flush=True)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a training run as `config.yaml` in its folder, and keeps an earlier one."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save, before the first step."""
+        if stage != "fit":
+            return
+        path = run_folder(trainer) / self.config_filename  # in every process: it broadcasts
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keep_earlier(path)
+            self.parser.save(self.config, path, skip_unset=False, multifile=False)
+
+
+class FomalCLI(LightningCLI):
+    """Lightning's command line around a `MetaLearner` and an `EpisodeDataModule`, for one verb.
+
+    Args:
+        verb: fit, validate, test or predict.
+        args: the command line after the verb.
+    """
+
+    def __init__(self, verb: str, args: Sequence[str]) -> None:
+        self.verb = verb
+        super().__init__(
+            MetaLearner,
+            EpisodeDataModule,
+            save_config_callback=SaveConfig,
+            trainer_defaults=trainer_defaults(verb),
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "fomal",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "formatter_class": HelpFormatter,
+                verb: {"exit_on_error": False, "usage": f"fomal {verb} [--config FILE_OR_NAME] [--KEY VALUE ...]"},
+            },
+            subclass_mode_data=True,
+            args=[verb, *args],
+            auto_configure_optimizers=False,
+        )
+
+    # -- parsing
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method there
+        """The one verb that runs; parsers for the others would cost time."""
+        return {self.verb: LightningCLI.subcommands()[self.verb] | _OURS.keys()}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add fomal's own options first: they are what `--help` is asked for."""
+        parser.add_lightning_class_args(MetaLearner, "model")
+        parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
+        links.link(parser)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse contradictions between what was given, what is linked, and the checkpoint."""
+        rest = list(args[1:])
+        if any(arg in ("-h", "--help") or arg.partition("=")[0].endswith(".help") for arg in rest):
+            self._parse(rest)  # prints and exits
+        prints = [arg for arg in rest if arg.partition("=")[0] == "--print_config"]
+        rest = with_config_paths([arg for arg in rest if arg not in prints])
+        given = Given(rest)
+        self.config = self._parse_with_checkpoint(rest, given)
+        links.refuse_contradictions(self.config[self.verb], given.values)
+        if prints:
+            self._print_config(prints[-1].partition("=")[2])
+
+    def _parse_with_checkpoint(self, rest: list[str], given: Given) -> Namespace:
+        """Parse on top of the checkpoint's configuration, or of the default config."""
+        ckpt_path = given.values.get("ckpt_path")
+        base: list[str] = []
+        if ckpt_path is not None and not checkpoint.is_keyword(str(ckpt_path)):
+            saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb)
+            base = ["--config", yaml.safe_dump(saved)] if saved else []
+        if base:
+            try:
+                alone = self._parse(base)
+            except UsageError as error:
+                raise UsageError(f"the configuration in {ckpt_path} cannot be used: {error}") from error
+            config = self._parse([*base, *rest])
+            checkpoint.refuse_differences(self._plain(alone), self._plain(config), self.verb)
+            return config
+        if not given.has_config:
+            if ckpt_path is not None:
+                raise UsageError(f"--ckpt_path {ckpt_path} brings no configuration with it: give --config FILE too.")
+            if self.verb != "fit":
+                raise UsageError(f"give --ckpt_path FILE to {self.verb} a trained network, or --config for a new one.")
+            base = ["--config", find_config(DEFAULT)]
+            say(f"no --config given: using {base[1]}")
+        elif self.verb != "fit" and ckpt_path is None:
+            say("no --ckpt_path given: the network is as it is before training.")
+        return self._parse([*base, *rest])
+
+    def _parse(self, rest: list[str]) -> Namespace:
+        try:
+            return self.parser.parse_args([self.verb, *rest])
+        except ArgumentError as error:
+            raise UsageError(explain(str(error), self._parser(self.verb))) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the checkpoint override the command line without a word."""
+
+    def _plain(self, config: Namespace) -> dict[str, Any]:
+        """The configuration in plain values, without what is linked."""
+        text = self._parser(self.verb).dump(config[self.verb], skip_unset=False, format="yaml")
+        return dict(yaml.safe_load(text))
+
+    def _print_config(self, flags: str) -> None:
+        chosen = [flag for flag in flags.split(",") if flag]
+        for flag in chosen:
+            if flag not in _PRINT_FLAGS:
+                raise UsageError(f"--print_config={flag} is unknown: use {', '.join(_PRINT_FLAGS)}.")
+        # Without a flag null is printed too: leaving it out would bring the default back.
+        how = {"skip_unset": False} | {_PRINT_FLAGS[flag]: True for flag in chosen}
+        print(self._parser(self.verb).dump(self.config[self.verb], **how), end="")
+        raise SystemExit(0)
+
+    # -- building and running
+
+    def before_instantiate_classes(self) -> None:
+        """Put a seed drawn at random where the link could not know it."""
+        config, (source, target) = self.config[self.verb], links.SEED
+        if target in config:
+            config[target] = links.stream_seed(config[source])
+
+    def instantiate_classes(self) -> None:
+        """Build everything; raise what a constructor raised, not jsonargparse's account of all it tried."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            root: BaseException = error
+            while str(root).startswith("Does not validate against any of the Union") and root.__cause__:
+                root = root.__cause__
+            raise root from None
+
+    def after_instantiate_classes(self) -> None:
+        """Tell the model its configuration, for checkpoints and results."""
+        plain = self._plain(self.config)
+        self.model.config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+        return super()._instantiate_trainer(config, [*callbacks, *default_callbacks(config)])
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters
+        ours = {name: value for name, value in _OURS.items() if name in accepted}
+        return super()._prepare_subcommand_kwargs(subcommand) | ours
+
+    def before_fit(self) -> None:
+        """Keep the figures of an earlier run in the same folder; CSVLogger deletes them when training starts."""
+        if is_trial(self.trainer):
+            return
+        path = run_folder(self.trainer) / "metrics.csv"
+        if self.trainer.is_global_zero and keep_earlier(path):
+            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+
+    def after_fit(self) -> None:
+        """Say where the run is."""
+        if not is_trial(self.trainer):
+            folder = run_folder(self.trainer)  # in every process: it broadcasts
+            if self.trainer.is_global_zero:
+                print(f"The run is in {folder}.")
