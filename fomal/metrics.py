@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class TaskMean(Metric):
         variance = (self.squares - self.total_tasks * mean.square()).clamp_min(0) / (self.total_tasks - 1)
         return mean, 1.96 * (variance / self.total_tasks).sqrt()
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> TaskMean:
-        """Keep float64 whatever the precision of the run."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> TaskMean:
+        """Move, but keep float64 whatever the precision of the run."""
+        super()._apply(fn, *args, **kwargs)
+        self.total, self.squares = self.total.double(), self.squares.double()
+        self.total_tasks = self.total_tasks.long()
         return self
