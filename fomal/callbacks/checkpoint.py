@@ -104,7 +104,7 @@ class SaveLast(Checkpoint):
             return
         path = self.path(trainer)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
         if trainer.is_global_zero:
             os.replace(unfinished, path)
         self._saved_at = trainer.global_step

@@ -16,17 +16,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fomal import __version__
 from fomal.callbacks.folder import run_folder
 from fomal.data.episode import Episode
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
 
-_PACKAGES = ("fomal", "torch", "lightning", "torchmetrics", "torchvision", "numpy")
+_PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    ours = {"python": platform.python_version(), "fomal": __version__}
+    return ours | {name: version(name) for name in _PACKAGES}
 
 
 class ResultsFile(Callback):
@@ -82,8 +84,8 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_column("95 % interval", justify="right")
     metrics = results["metrics"]
     for name in (name for name in metrics if not name.endswith("_ci95")):
-        scale, unit = (100, " %") if "accuracy" in name else (1, "")
-        table.add_row(name, f"{scale * metrics[name]:.2f}{unit}", f"± {scale * metrics[f'{name}_ci95']:.2f}")
+        scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
+        table.add_row(name, f"{scale * metrics[name]:{digits}}{unit}", f"± {scale * metrics[f'{name}_ci95']:{digits}}")
     Console().print(table)
 
 
