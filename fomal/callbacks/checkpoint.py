@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -38,8 +39,7 @@ class SaveLast(Checkpoint):
             raise ValueError(f"every_n_meta_iterations={every_n_meta_iterations} must be at least 1.")
         self.every = every_n_meta_iterations
         self.dirpath = dirpath
-        self._in_step = False
-        self._interrupted = False
+        self._training = self._in_step = self._interrupted = False
         self._previous: Handler = None
         self._saved_at = -1
 
@@ -49,10 +49,11 @@ class SaveLast(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what an earlier run left in the same place, and listen for Ctrl-C."""
-        self._in_step = self._interrupted = False
+        self._training, self._in_step, self._interrupted = True, False, False
         self._saved_at = -1
+        path = self.path(trainer)  # in every process: it broadcasts
         if trainer.is_global_zero and not is_trial(trainer):
-            keep_earlier(self.path(trainer))
+            keep_earlier(path)
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._on_sigint)
 
@@ -75,17 +76,16 @@ class SaveLast(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state."""
         self._save(trainer)
-        self._restore_handler()
+        self._leave()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save on Ctrl-C, unless it was pressed twice."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and not self._in_step:
+        resumable = self._training and not self._in_step and not is_trial(trainer)
+        if isinstance(exception, KeyboardInterrupt) and resumable:
             self._save(trainer)
-            rank_zero_info(
-                f"Stopped after meta-iteration {trainer.global_step}; to go on: "
-                f"fomal fit --ckpt_path {self.path(trainer)}"
-            )
-        self._restore_handler()
+            command = f"fomal fit --ckpt_path {shlex.quote(str(self.path(trainer)))}"
+            rank_zero_info(f"Stopped after meta-iteration {trainer.global_step}; to go on: {command}")
+        self._leave()
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self._in_step and not self._interrupted:
@@ -94,7 +94,8 @@ class SaveLast(Checkpoint):
         else:
             raise KeyboardInterrupt
 
-    def _restore_handler(self) -> None:
+    def _leave(self) -> None:
+        self._training = False
         if self._previous is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
@@ -104,7 +105,11 @@ class SaveLast(Checkpoint):
             return
         path = self.path(trainer)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
-        if trainer.is_global_zero:
-            os.replace(unfinished, path)
+        try:
+            trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
+            if trainer.is_global_zero:
+                os.replace(unfinished, path)
+        finally:
+            if trainer.is_global_zero:
+                unfinished.unlink(missing_ok=True)
         self._saved_at = trainer.global_step

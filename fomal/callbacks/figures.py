@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.data.datamodule import EpisodeDataModule
+from fomal.data.episode import Episode
 from fomal.learner import MetaLearner
 from fomal.plots.adaptation import draw_adaptation
 from fomal.plots.curve import draw_curve
@@ -29,41 +30,51 @@ class AdaptationFigure(Callback):
             raise ValueError(f"steps={list(steps)} and task={task} must not be negative.")
         self.steps, self.task = list(steps), task
 
-    @rank_zero_only
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, unless the data are of another kind."""
         data = getattr(trainer, "datamodule", None)
-        if is_trial(trainer) or not isinstance(pl_module, MetaLearner) or not isinstance(data, EpisodeDataModule):
+        path = run_folder(trainer) / "adaptation.png"  # in every process: it broadcasts
+        if not trainer.is_global_zero or is_trial(trainer):
+            return
+        if not isinstance(pl_module, MetaLearner) or not isinstance(data, EpisodeDataModule):
             return
         episode = data.episodes("val", torch.tensor([self.task])).to(pl_module.device)
         episode = data.on_after_batch_transfer(episode, 0)
         if not episode.is_regression or episode.query_x.shape[2:] != (1,) or episode.query_y.shape[2:] != (1,):
             rank_zero_warn("AdaptationFigure draws regression tasks of one input and one output only: nothing drawn.")
             return
-        inner, phi = pl_module.inner_loop(episode, training=False), pl_module.initialisation()
-        stages = [{name: p[None] for name, p in phi.items()}, *(step.after for step in inner.steps(phi))]
-        asked = [step for step in self.steps if step < len(stages)]
-        x = inner.episode.query_x
-        path = run_folder(trainer) / "adaptation.png"
+        order = episode.query_x.flatten().argsort()  # lines are drawn from left to right
+        episode = episode._replace(query_x=episode.query_x[:, order], query_y=episode.query_y[:, order])
         draw_adaptation(
             path,
-            x=x.flatten().tolist(),
+            x=episode.query_x.flatten().tolist(),
             truth=episode.query_y.flatten().tolist(),
             support=(episode.support_x.flatten().tolist(), episode.support_y.flatten().tolist()),
-            predictions={step: pl_module.objective.predict(stages[step], x).flatten().tolist() for step in asked},
+            predictions=self._predictions(pl_module, episode),
         )
         rank_zero_info(f"The adaptation to a validation task is drawn in {path}.")
+
+    def _predictions(self, learner: MetaLearner, episode: Episode) -> dict[int, list[float]]:
+        """What is predicted for the queries after each of the steps that the evaluation goes."""
+        was_training = learner.training
+        learner.eval()  # no dropout
+        inner, phi = learner.inner_loop(episode, training=False), learner.initialisation()
+        stages = [{name: p[None] for name, p in phi.items()}, *(step.after for step in inner.steps(phi))]
+        x = inner.episode.query_x
+        asked = [step for step in self.steps if step < len(stages)]
+        predictions = {step: learner.objective.predict(stages[step], x).flatten().tolist() for step in asked}
+        learner.train(was_training)
+        return predictions
 
 
 class LearningCurve(Callback):
     """After `fit`, draws the validation figures of the run's `metrics.csv` over meta-iterations: `curve.png`."""
 
-    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, if the run logged to CSV and was validated."""
-        metrics = run_folder(trainer) / "metrics.csv"
-        if is_trial(trainer) or not metrics.is_file():
+        metrics = run_folder(trainer) / "metrics.csv"  # in every process: it broadcasts
+        if not trainer.is_global_zero or is_trial(trainer) or not metrics.is_file():
             return
         if draw_curve([metrics], metrics.with_name("curve.png")):
             rank_zero_info(f"The learning curve is drawn in {metrics.with_name('curve.png')}.")

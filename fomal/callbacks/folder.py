@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The run's folder: that of the checkpoint being tested, else the logger's, else `default_root_dir`."""
+    """The run's folder: that of the checkpoint being tested, else the logger's, else `default_root_dir`.
+
+    Must be called in every process: the first one's answer is broadcast.
+    """
     if trainer.state.fn != "fit" and trainer.ckpt_path:
         folder = Path(trainer.ckpt_path).parent
         return folder.parent if folder.name == "checkpoints" else folder
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
+        return folder
+    # Of other loggers Lightning knows only the folder that all runs share.
+    own = [str(part) for part in (logger.name, logger.version) if part]
+    return Path(trainer.strategy.broadcast(str(folder.joinpath(*own))))
 
 
 def is_trial(trainer: L.Trainer) -> bool:

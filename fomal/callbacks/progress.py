@@ -55,11 +55,11 @@ class MetaProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the new validation result."""
-        if trainer.state.fn == "fit":
-            self._advance(trainer.global_step, self._validation_figures(trainer), force=True)
-            self._last_time = time.monotonic()  # the time that validation took is not the rate's
-        else:
+        if trainer.state.fn != "fit":
             self._close()
+        elif not trainer.sanity_checking:
+            self._last_time = time.monotonic()  # the time that validation took is not the rate's
+            self._advance(trainer.global_step, self._validation_figures(trainer), force=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the bar at its end."""
@@ -72,6 +72,8 @@ class MetaProgressBar(ProgressBar):
         """Count validation batches, unless in the midst of training."""
         if trainer.state.fn != "fit":
             self._open("batches of tasks", None, 0)
+        elif not trainer.sanity_checking:
+            self._measure(trainer.global_step)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count test batches."""
@@ -139,15 +141,19 @@ class MetaProgressBar(ProgressBar):
         due = self.refresh if self._bar else self.line_every
         if not self._enabled or (passed < due and not force):
             return
-        if step > self._last_step and passed > 0:
-            self._rate = (step - self._last_step) / passed
-        self._last_time, self._last_step = time.monotonic(), float(step)
+        self._measure(step)
         rate = f"{self._rate:.1f}/s" if self._rate >= 1 or not self._rate else f"{1 / self._rate:.2f} s each"
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step, rate=rate, note=note, refresh=True)
         else:
             goal = "" if self._total is None else f"/{self._total}"
             print(f"{self._what} {step}{goal}  {rate}  {note}".rstrip(), flush=True)
+
+    def _measure(self, step: int) -> None:
+        now = time.monotonic()
+        if step > self._last_step and now > self._last_time:
+            self._rate = (step - self._last_step) / (now - self._last_time)
+        self._last_time, self._last_step = now, float(step)
 
     def _close(self) -> None:
         if self._bar:

@@ -52,6 +52,7 @@ class ResultsFile(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the table and write the file."""
+        path = run_folder(trainer) / "results.json"  # in every process: it broadcasts
         if not trainer.is_global_zero or not isinstance(pl_module, MetaLearner):
             return
         print_table(pl_module.results)
@@ -64,7 +65,6 @@ class ResultsFile(Callback):
             "versions": versions(),
             "config": config,
         }
-        path = run_folder(trainer) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(path)
         path.write_text(json.dumps(results, indent=2) + "\n")
@@ -95,6 +95,10 @@ class PredictionsFile(Callback):
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what an interrupted prediction left."""
+        self._rows = []
+
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
@@ -112,6 +116,8 @@ class PredictionsFile(Callback):
         path = run_folder(trainer) / "predictions.csv"
         if trainer.world_size > 1:  # each process has the tasks of its own
             path = path.with_name(f"predictions_rank{trainer.global_rank}.csv")
+        if not self._rows:
+            return  # more processes than tasks
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(path)
         with path.open("w", newline="") as file:

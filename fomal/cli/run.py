@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import signal
 import sys
 import warnings
@@ -37,6 +38,7 @@ def run(verb: str, args: Sequence[str]) -> FomalCLI:
     """Parse `args`, build everything, and run `verb`."""
     with warnings.catch_warnings():
         # Lightning's own use of torch; nothing the user could change.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
         try:
             return FomalCLI(verb, args)
@@ -46,6 +48,10 @@ def run(verb: str, args: Sequence[str]) -> FomalCLI:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise stop.__context__ from None
             raise
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
 def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:

@@ -64,7 +64,8 @@ class EpisodeDataModule(L.LightningDataModule):
         meta_batch_size: training tasks per meta-iteration, over all processes together.
         val_tasks: number of validation tasks.
         test_tasks: number of test tasks.
-        eval_tasks_per_batch: evaluation tasks adapted at once; bounds memory, results do not depend on it.
+        eval_tasks_per_batch: evaluation tasks adapted at once; bounds memory, results do not depend on it;
+            more than a few pay on a GPU alone.
         num_workers: loader processes; 0 samples in the training process.
         seed: seed of the episode stream; the command line links it to `seed_everything`.
     """
@@ -78,7 +79,7 @@ class EpisodeDataModule(L.LightningDataModule):
         meta_batch_size: int = 5,
         val_tasks: int = 200,
         test_tasks: int = 1000,
-        eval_tasks_per_batch: int = 50,
+        eval_tasks_per_batch: int = 10,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
