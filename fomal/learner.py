@@ -15,6 +15,7 @@ from torch.optim import SGD as TorchSGD
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
+from fomal.checks import one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
@@ -74,15 +75,12 @@ class MetaLearner(L.LightningModule):
         vectorize: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "inner_batch_size": inner_batch_size,
-            "eval_inner_steps": eval_inner_steps,
-            "eval_inner_batch_size": eval_inner_batch_size,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if inner_state not in ("carried", "reset"):
-            raise ValueError(f"inner_state={inner_state!r} is unknown: use carried or reset.")
+        positive(
+            inner_batch_size=inner_batch_size,
+            eval_inner_steps=eval_inner_steps,
+            eval_inner_batch_size=eval_inner_batch_size,
+        )
+        one_of(("carried", "reset"), inner_state=inner_state)
         rule.check(inner_steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -118,37 +116,49 @@ class MetaLearner(L.LightningModule):
     def inner_loop(self, episode: Episode, training: bool) -> InnerLoop:
         """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""
         phi = self.initialisation()
+        like = next(iter(phi.values()))
         state = self.inner_optimizer.init(phi) if self.carried is None else self.carried
-        device = next(iter(phi.values())).device
-        return InnerLoop(
+        inner = InnerLoop(
             objective=self.objective,
             optimizer=self.inner_optimizer,
-            state={part: tree.to_device(values, device) for part, values in state.items()},
-            plan=self._train_plan(episode) if training else self._eval_plan(episode),
-            episode=episode.floating(next(iter(phi.values())).dtype),
+            state={part: tree.to_device(values, like.device) for part, values in state.items()},
+            plan=self._plan(episode, training),
+            episode=episode.floating(like.dtype),
         )
+        self._check_network(inner, second_order=training and self.rule.differentiates)
+        return inner
 
-    def _train_plan(self, episode: Episode) -> Plan:
-        examples, steps = episode.support_x.shape[1], self.inner_steps
-        schedule = (self.inner_batch_size, self.inner_replacement)
+    def _plan(self, episode: Episode, training: bool) -> Plan:
+        examples = episode.support_x.shape[1]
+        steps, batch = self.eval_inner_steps, self.eval_inner_batch_size
+        if training:
+            steps, batch = self.inner_steps, self.inner_batch_size
         stream = (episode.seed, episode.split, episode.number)
-        if self.rule.tail_shots is None:
-            return minibatch_plan(*stream, examples, steps, *schedule)
-        head, tail = separate_tail(examples, episode.ways, self.rule.tail_shots)
-        head, tail = head.to(episode.number.device), tail.to(episode.number.device)
-        plan = minibatch_plan(*stream, len(head), steps - 1, *schedule)
-        return (*(head[batch] for batch in plan), tail.expand(episode.tasks, -1))
+        if not training or self.rule.tail_shots is None:
+            return minibatch_plan(*stream, examples, steps, batch, self.inner_replacement)
+        head, tail = (i.to(episode.number.device) for i in separate_tail(examples, episode.ways, self.rule.tail_shots))
+        plan = minibatch_plan(*stream, len(head), steps - 1, batch, self.inner_replacement)
+        return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
 
-    def _eval_plan(self, episode: Episode) -> Plan:
-        return minibatch_plan(
-            episode.seed,
-            episode.split,
-            episode.number,
-            episode.support_x.shape[1],
-            self.eval_inner_steps,
-            self.eval_inner_batch_size,
-            self.inner_replacement,
-        )
+    @torch.no_grad()
+    def _check_network(self, inner: InnerLoop, second_order: bool) -> None:
+        """At the first use: refuse a network that does not fit the data, and settle how to run over tasks."""
+        if self.objective.is_settled(second_order):
+            return
+        x, y = (take(part[:2], inner.plan[0][:2]) for part in (inner.episode.support_x, inner.episode.support_y))
+        output = self.network(x[0])  # (B, ...)
+        if inner.episode.is_regression and output.shape != y[0].shape:
+            raise ValueError(
+                f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "
+                f"{tuple(y.shape[2:])}: give the network as many outputs."
+            )
+        ways = inner.episode.ways
+        if not inner.episode.is_regression and output.shape[1:] != (ways,):
+            raise ValueError(
+                f"model.network returns {tuple(output.shape[1:])} per example, but data.ways={ways}: "
+                f"give the network {ways} outputs, or change data.ways."
+            )
+        self.objective.settle(self.initialisation(), x, y, second_order)
 
     # -- training
 
@@ -287,25 +297,10 @@ class MetaLearner(L.LightningModule):
                     f"{type(self.rule).__name__} needs a query set, but data.train_query_shots=0: "
                     f"set data.train_query_shots to 1 or more."
                 )
+            # The first use of the network, on two tasks: what does not fit is found here.
             episode = data.on_after_batch_transfer(data.episodes(split, torch.arange(2)).check(), 0)
-            self._check_network(episode, training=stage == "fit")
-
-    @torch.no_grad()
-    def _check_network(self, episode: Episode, training: bool) -> None:
-        inner, phi = self.inner_loop(episode, training), self.initialisation()
-        x, y = (take(part, inner.plan[0]) for part in (inner.episode.support_x, inner.episode.support_y))
-        output = self.network(x[0])  # (B, ...)
-        if episode.is_regression and output.shape != y[0].shape:
-            raise ValueError(
-                f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "
-                f"{tuple(y.shape[2:])}: give the network as many outputs."
-            )
-        if not episode.is_regression and output.shape[1:] != (episode.ways,):
-            raise ValueError(
-                f"model.network returns {tuple(output.shape[1:])} per example, but data.ways={episode.ways}: "
-                f"give the network {episode.ways} outputs, or change data.ways."
-            )
-        self.objective.decide(phi, x, y, second_order=training and self.rule.differentiates)
+            self.objective.unsettle()
+            self.inner_loop(episode, training=stage == "fit")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""

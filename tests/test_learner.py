@@ -84,7 +84,7 @@ def test_a_run_is_the_papers_algorithm_written_out():
     state = None
     for iteration in range(5):
         episode = data.episodes("train", torch.arange(3 * iteration, 3 * iteration + 3)).floating(torch.float64)
-        plan = learner._train_plan(episode)
+        plan = learner._plan(episode, training=True)
         make = lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5)  # noqa: E731
         runs = [adapt_one(network, make, *batches(episode, plan, t), state=state) for t in range(3)]
         states = [run[2].state_dict() for run in runs]
@@ -192,7 +192,7 @@ def test_regression_reports_the_loss_after_each_step():
     learner, data = sine_learner(inner=SGD(0.02)), SinusoidDataModule(test_tasks=3, eval_tasks_per_batch=2)
     trainer().test(learner, datamodule=data, verbose=False)
     episode = data.episodes("test", torch.arange(3))
-    plan = learner._eval_plan(episode)
+    plan = learner._plan(episode, training=False)
     expected = []
     for t in range(3):
         network, curve = learner.network, []
@@ -245,7 +245,7 @@ def test_a_separate_tail_is_the_last_batch_and_nothing_else():
     learner, data = blob_learner(FOMAML(tail_shots=1)), Blobs()
     data.setup("fit")
     episode = data.episodes("train", torch.arange(4))
-    plan = learner._train_plan(episode)
+    plan = learner._plan(episode, training=True)
     assert len(plan) == 3
     labels = take(episode.support_y, plan[-1])
     assert labels.tolist() == [[0, 1, 2]] * 4
@@ -314,6 +314,14 @@ def test_dropout_is_a_function_of_seed_and_position():
     assert_same(run(draws=1), run(draws=2))
 
 
+def test_a_run_without_a_datamodule_is_vectorised_too():
+    learner, data = blob_learner(), Blobs()
+    data.setup("fit")
+    loader = [data.on_after_batch_transfer(data.episodes("train", torch.arange(4)), 0)] * 2
+    trainer(2).fit(learner, torch.utils.data.DataLoader(loader, batch_size=None))
+    assert learner.objective.vectorize is True
+
+
 def test_frozen_parameters_stay(tmp_path):
     learner = blob_learner()
     learner.network.blocks[0].conv.weight.requires_grad_(False)
@@ -329,7 +337,7 @@ def test_frozen_parameters_stay(tmp_path):
     [
         ({"inner_batch_size": 0}, "inner_batch_size=0 must be at least 1"),
         ({"eval_inner_steps": 0}, "eval_inner_steps=0 must be at least 1"),
-        ({"inner_state": "kept"}, "inner_state='kept' is unknown: use carried or reset"),
+        ({"inner_state": "kept"}, "inner_state='kept' is unknown: use one of carried, reset"),
         ({"rule": MAML(), "inner": Adam()}, "MAML differentiates through Adam"),
     ],
 )

@@ -7,9 +7,11 @@ import json
 import platform
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -72,8 +74,13 @@ class ResultsFile(Callback):
 
 
 def _meta_iterations(trainer: L.Trainer) -> int | None:
-    checkpoint = trainer._checkpoint_connector._loaded_checkpoint
-    return checkpoint.get("global_step") if checkpoint else None
+    """How long the tested network was trained: Lightning restores this count only to resume."""
+    if not trainer.ckpt_path:
+        return trainer.global_step or None  # of a `fit` by the same trainer
+    if not Path(trainer.ckpt_path).is_file():
+        return None
+    checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    return int(checkpoint["global_step"])
 
 
 def print_table(results: dict[str, Any]) -> None:

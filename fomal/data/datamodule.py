@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from fomal.checks import nonnegative, one_of, positive
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS
-
-
-def positive(**values: int) -> None:
-    """Raise ValueError for the first named value below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 class EpisodeStream(IterableDataset[Episode]):
@@ -94,9 +88,7 @@ class EpisodeDataModule(L.LightningDataModule):
             test_tasks=test_tasks,
             eval_tasks_per_batch=eval_tasks_per_batch,
         )
-        for name, value in {"train_query_shots": train_query_shots, "num_workers": num_workers, "seed": seed}.items():
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative.")
+        nonnegative(train_query_shots=train_query_shots, num_workers=num_workers, seed=seed)
         self.shots = shots
         self.query_shots = query_shots
         self.train_shots = train_shots
@@ -163,6 +155,5 @@ class EpisodeDataModule(L.LightningDataModule):
 
 def split_index(split: str) -> int:
     """The place of `split` in `SPLITS`; ValueError for an unknown name."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}.")
+    one_of(SPLITS, split=split)
     return SPLITS.index(split)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fomal.data.datamodule import EpisodeDataModule, positive, split_index
+from fomal.checks import positive
+from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.sampler import choose
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fomal.data.datamodule import positive
+from fomal.checks import nonnegative, one_of, positive
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.data.omniglot_files import PARTS, load_characters
 from fomal.data.sampler import shuffled
@@ -60,11 +60,8 @@ class OmniglotDataModule(ImageDataModule):
         cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.save_hyperparameters()
         positive(image_size=image_size, train_classes=train_classes)
-        for name, value in {"val_classes": val_classes, "partition_seed": partition_seed}.items():
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative.")
-        if partition not in ("random", "alphabet"):
-            raise ValueError(f"partition={partition!r} is unknown: use 'random' or 'alphabet'.")
+        nonnegative(val_classes=val_classes, partition_seed=partition_seed)
+        one_of(("random", "alphabet"), partition=partition)
         self.root = root
         self.download = download
         self.cache_dir = cache_dir

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fomal import tree
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State, nonnegative
+from fomal.checks import nonnegative
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State
 from fomal.tree import Tree
 
 

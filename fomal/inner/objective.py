@@ -30,10 +30,19 @@ class Objective:
     def __init__(self, network: nn.Module, vectorize: bool | None = None) -> None:
         self.network = network
         self.vectorize = vectorize
-        self._order = 0 if vectorize is None else 2  # up to which order of derivatives `vectorize` is settled
+        self.is_given = vectorize is not None
+        self._order = 0  # up to which order of derivatives `vectorize` is settled
 
-    def decide(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
-        """Settle `vectorize`: try it on two tasks, and compare with the loop.
+    def is_settled(self, second_order: bool) -> bool:
+        """Whether it is settled how to run over tasks, for first or second derivatives."""
+        return self._order >= 1 + second_order
+
+    def unsettle(self) -> None:
+        """Decide anew at the next use, e.g. because the data are others."""
+        self._order = 0
+
+    def settle(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
+        """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop.
 
         Args:
             params: one set of parameters.
@@ -42,20 +51,15 @@ class Objective:
             second_order: whether derivatives of the gradients will be needed too; some of torch's operations have
                 wrong ones under vmap.
         """
-        if self._order >= 1 + second_order:
-            return
         self._order = 1 + second_order
+        if self.is_given:
+            return
         stacked = stack(params, len(x))
         was_training = self.network.training
         self.network.eval()  # dropout would make the two differ
         try:
-            self.vectorize = False
-            expected = self._derivatives(stacked, x, y, second_order)  # an error of the network itself is raised here
-            self.vectorize = True
-            try:
-                reason = _difference(self._derivatives(stacked, x, y, second_order), expected)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                reason = str(error).strip().splitlines()[0]
+            with torch.autocast(x.device.type, enabled=False):  # rounding is not what is looked for
+                reason = self._try(stacked, x, y, second_order)
         finally:
             self.network.train(was_training)
         if reason:
@@ -65,6 +69,16 @@ class Objective:
                 type(self.network).__name__,
                 reason,
             )
+
+    def _try(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str:
+        """Why the tasks cannot be vectorised; empty where they can."""
+        self.vectorize = False
+        expected = self._derivatives(params, x, y, second_order)  # an error of the network itself is raised here
+        self.vectorize = True
+        try:
+            return _difference(self._derivatives(params, x, y, second_order), expected)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            return str(error).strip().splitlines()[0]
 
     def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
         """Gradients and, if asked for, the gradient of their squared norm, which has the Hessian in it."""

@@ -42,10 +42,3 @@ def stack_state(state: State, tasks: int) -> State:
 def mean_state(state: State) -> State:
     """The mean over the tasks of a stacked state: how carried state leaves a meta-batch."""
     return {part: values if part == SHARED else tree.mean(values) for part, values in state.items()}
-
-
-def nonnegative(**values: float) -> None:
-    """Raise ValueError for the first named value that is negative or not a number."""
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must not be negative.")

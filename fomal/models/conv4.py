@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomal.checks import one_of, positive
 from fomal.models.norm import BatchNorm
 
 
@@ -40,16 +41,10 @@ class Conv4(nn.Module):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        for name, value in {"ways": ways, "in_channels": in_channels, "image_size": image_size}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        for name, choice, choices in (
-            ("downsample", downsample, ("stride", "pool")),
-            ("padding", padding, ("tensorflow", "symmetric")),
-            ("init", init, ("released", "torch")),
-        ):
-            if choice not in choices:
-                raise ValueError(f"{name}={choice!r} is unknown: use one of {', '.join(choices)}.")
+        positive(ways=ways, in_channels=in_channels, image_size=image_size, filters=filters)
+        one_of(("stride", "pool"), downsample=downsample)
+        one_of(("tensorflow", "symmetric"), padding=padding)
+        one_of(("released", "torch"), init=init)
         blocks: list[nn.Module] = []
         size, channels = image_size, in_channels
         for _ in range(4):

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fomal.checks import one_of
+
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -28,8 +30,7 @@ class MLP(nn.Module):
         activation: Literal["tanh", "relu", "gelu"] = "tanh",
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown: use one of {', '.join(_ACTIVATIONS)}.")
+        one_of(_ACTIVATIONS, activation=activation)
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
             raise ValueError(f"in_features, hidden and out_features are {widths}: every width must be at least 1.")

@@ -190,7 +190,7 @@ def test_other_files_are_passed_over(folders: Path, cache_dir: Path) -> None:
 def test_uneven_characters(folders: Path, cache_dir: Path) -> None:
     (folders / "images_background/Beta/character02/03.png").unlink()
     data = tiny(folders, cache_dir, partition="alphabet", rotations=False)
-    assert sorted(data.classes["train"].count.tolist()) == [3] + [4] * 6
+    assert sorted(data.classes["train"].counts.tolist()) == [3] + [4] * 6
     assert data.classes["test"].first.tolist() == [27, 31, 35, 39, 43]
     with pytest.raises(
         ValueError, match=r"^shots=3 plus query_shots=1 exceeds the 3 images .* use at most 3 together\.$"
@@ -578,7 +578,7 @@ def test_failed_download(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.Mo
         ({"train_classes": 0}, "train_classes=0 must be at least 1"),
         ({"val_classes": -1}, "val_classes=-1 must not be negative"),
         ({"partition_seed": -1}, "partition_seed=-1 must not be negative"),
-        ({"partition": "alphabets"}, "partition='alphabets' is unknown: use 'random' or 'alphabet'"),
+        ({"partition": "alphabets"}, "partition='alphabets' is unknown: use one of random, alphabet"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

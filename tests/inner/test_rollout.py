@@ -104,7 +104,7 @@ def test_a_network_that_cannot_be_vectorised_runs_task_by_task_and_says_so(episo
     phi = tree.detach(dict(network.named_parameters()))
     objective = Objective(network)
     with caplog.at_level(logging.WARNING):
-        objective.decide(phi, episode.support_x[:2], episode.support_y[:2])
+        objective.settle(phi, episode.support_x[:2], episode.support_y[:2])
     assert objective.vectorize is False
     assert "DataDependent cannot be vectorised over tasks" in caplog.text
     inner = make_inner(SGD(0.1), objective=objective, state={})
@@ -133,7 +133,7 @@ def test_a_wrong_vectorised_second_derivative_is_found_where_it_matters(second_o
     network = OwnNorm().double()
     objective = Objective(network)
     params = tree.detach(dict(network.named_parameters()))
-    objective.decide(params, episode.support_x[:2], episode.support_y[:2], second_order)
+    objective.settle(params, episode.support_x[:2], episode.support_y[:2], second_order)
     assert objective.vectorize is vectorize
     assert ("vectorised second derivative is off" in caplog.text) is second_order
 
@@ -141,7 +141,7 @@ def test_a_wrong_vectorised_second_derivative_is_found_where_it_matters(second_o
 def test_an_error_of_the_network_itself_is_not_hidden_by_the_fallback(episode):
     network = nn.Linear(5, 3).double()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        Objective(network).decide(dict(network.named_parameters()), episode.support_x[:2], episode.support_y[:2])
+        Objective(network).settle(dict(network.named_parameters()), episode.support_x[:2], episode.support_y[:2])
 
 
 @pytest.mark.parametrize("vectorize", [True, False])

@@ -1,0 +1,27 @@
+"""Checks of settings: one-line errors that name setting, value and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def positive(**values: int) -> None:
+    """Raise ValueError for the first named value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def nonnegative(**values: float) -> None:
+    """Raise ValueError for the first named value that is negative or not a number."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must not be negative.")
+
+
+def one_of(choices: Iterable[str], **values: str) -> None:
+    """Raise ValueError for the first named value that is not among the choices."""
+    choices = list(choices)
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
