@@ -140,7 +140,7 @@ class Stop(Callback):
 
 
 def test_ctrl_c_is_exit_code_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fomal.cli.run.default_callbacks", lambda: [Stop()])
+    monkeypatch.setattr("fomal.cli.run.default_callbacks", lambda trainer: [Stop()])
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as stop:
