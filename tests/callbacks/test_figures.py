@@ -1,0 +1,141 @@
+"""Figures of a run: what is drawn is what the network does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fomal.callbacks import AdaptationFigure, LearningCurve
+from fomal.data import SinusoidDataModule
+from fomal.data.episode import Episode
+from fomal.data.images import ClassImages, ImageDataModule
+from fomal.inner import Adam
+from fomal.learner import MetaLearner
+from fomal.models import MLP, Conv4
+from fomal.outer import Reptile
+from fomal.plots.curve import read_curves
+from tests.oracle import adapt_one, batches
+
+
+class Backwards(SinusoidDataModule):
+    """Queries from right to left."""
+
+    def episodes(self, split: str, number: Tensor) -> Episode:
+        episode = super().episodes(split, number)
+        return episode._replace(query_x=episode.query_x.flip(1), query_y=episode.query_y.flip(1))
+
+
+class RandomImages(ImageDataModule):
+    """Eight classes of five random images."""
+
+    def setup(self, stage: str) -> None:
+        images = torch.rand(40, 1, 9, 9, generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
+        classes = ClassImages(images, torch.arange(0, 40, 5), torch.full((8,), 5), torch.zeros(8, dtype=torch.int64))
+        self.classes = dict.fromkeys(("train", "val", "test"), classes)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        return x.float() / 255
+
+
+def learner(network: nn.Module) -> MetaLearner:
+    schedule = {"inner_steps": 2, "inner_batch_size": 5, "eval_inner_steps": 6, "eval_inner_batch_size": 4}
+    return MetaLearner(network, Reptile(), Adam(0.01), **schedule)
+
+
+def fit(model: MetaLearner, data: L.LightningDataModule, folder: Path, *callbacks: Any, **settings: Any) -> None:
+    logger = L.pytorch.loggers.CSVLogger(folder, name="", version="run")
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    steps = {"max_steps": 4, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
+    trainer = L.Trainer(accelerator="cpu", logger=logger, callbacks=list(callbacks), **{**quiet, **steps, **settings})
+    trainer.fit(model, datamodule=data)
+
+
+def assert_drawn(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+        assert len(image.getcolors(1 << 24) or ()) > 20  # not blank
+
+
+def test_both_figures_are_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = SinusoidDataModule(meta_batch_size=2, val_tasks=4)
+    fit(learner(MLP(hidden=[4])), data, tmp_path, AdaptationFigure(), LearningCurve())
+    assert_drawn(tmp_path / "run" / "adaptation.png")
+    assert_drawn(tmp_path / "run" / "curve.png")
+    steps = {step for curve in read_curves([tmp_path / "run" / "metrics.csv"]).values() for step, _, _ in curve}
+    assert steps == {2, 4}  # in meta-iterations, the last one too
+
+
+def test_the_adaptation_drawn_is_that_of_torch_optim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("fomal.callbacks.figures.draw_adaptation", lambda path, **what: drawn.update(what, path=path))
+    torch.manual_seed(0)
+    network = nn.Sequential(MLP(hidden=[8]), nn.Dropout(0.0)).double()
+    data = Backwards(meta_batch_size=2, query_shots=20, seed=5)
+    model = learner(network)
+    fit(model, data, tmp_path, AdaptationFigure(steps=[0, 1, 6, 7], task=3))
+    assert model.training
+    episode = data.episodes("val", torch.tensor([3])).floating(torch.float64)
+    x = episode.query_x.flip(1)
+    assert drawn["path"] == tmp_path / "run" / "adaptation.png"
+    assert drawn["x"] == x.flatten().tolist() == sorted(drawn["x"])
+    assert drawn["truth"] == pytest.approx(episode.query_y.flip(1).flatten().tolist())
+    assert drawn["support"] == (episode.support_x.flatten().tolist(), episode.support_y.flatten().tolist())
+    assert list(drawn["predictions"]) == [0, 1, 6]  # the evaluation has no seventh step
+    assert drawn["predictions"][0] == pytest.approx(network(x[0]).flatten().tolist(), rel=1e-12)
+    xs, ys = batches(episode, model.inner_loop(episode, training=False).plan, 0)
+    carried = {  # the state that training left to evaluation
+        index: {
+            "step": model.carried["shared"]["steps"].float(),
+            "exp_avg": torch.zeros_like(moment),
+            "exp_avg_sq": moment,
+        }
+        for index, moment in enumerate(model.carried["second_moment"].values())
+    }
+    adam = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.0, 0.999))
+    state = {"state": carried, "param_groups": adam.state_dict()["param_groups"]}
+    for steps in (1, 6):
+        adapted, _, _ = adapt_one(
+            network, lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.999)), xs[:steps], ys[:steps], state
+        )
+        expected = adapted(x[0]).flatten().tolist()
+        assert drawn["predictions"][steps] == pytest.approx(expected, rel=1e-9)
+        assert drawn["predictions"][0] != pytest.approx(expected, rel=1e-3)
+
+
+def test_dropout_is_off_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("fomal.callbacks.figures.draw_adaptation", lambda path, **what: drawn.update(what))
+    network = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    fit(learner(network), data := SinusoidDataModule(query_shots=20), tmp_path, AdaptationFigure())
+    x = data.episodes("val", torch.tensor([0])).query_x[0]
+    assert drawn["predictions"][0] == pytest.approx(network.eval()(x).flatten().tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_classification_is_not_drawn(tmp_path: Path) -> None:
+    data = RandomImages(ways=3, shots=2, train_shots=2, val_tasks=2)
+    with pytest.warns(UserWarning, match="AdaptationFigure draws regression tasks of one input and one output only"):
+        fit(learner(Conv4(3, image_size=9, filters=4)), data, tmp_path, AdaptationFigure())
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_trial_or_a_run_without_validation_leaves_no_figure(tmp_path: Path) -> None:
+    data, model = SinusoidDataModule(val_tasks=2), learner(MLP(hidden=[4]))
+    fit(model, data, tmp_path, AdaptationFigure(), LearningCurve(), fast_dev_run=True)
+    fit(model, data, tmp_path, LearningCurve(), val_check_interval=100, log_every_n_steps=1)
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": (0, -1)}, {"task": -1}])
+def test_negative_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        AdaptationFigure(**wrong)

@@ -1,0 +1,107 @@
+"""What the progress bar tells, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from fomal.callbacks import MetaProgressBar
+from fomal.data import SinusoidDataModule
+from fomal.inner import SGD
+from fomal.learner import MetaLearner
+from fomal.models import MLP
+from fomal.outer import Reptile
+
+
+def trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    defaults = {"max_steps": 4, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **defaults, **settings})
+
+
+def run(*callbacks: Callback, **settings: Any) -> L.Trainer:
+    torch.manual_seed(0)
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    fitting = trainer(*callbacks, **settings)
+    fitting.fit(learner, datamodule=SinusoidDataModule(meta_batch_size=2, val_tasks=4))
+    return fitting
+
+
+def without_codes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_lines_where_there_is_no_terminal(sanity: int, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(MetaProgressBar(line_every=0.0), num_sanity_val_steps=sanity)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("meta-iterations")]
+    loss = rf"val/loss {done.callback_metrics['val/loss']:.4f}"
+    figure = r"(\d+\.\d/s|\d+\.\d\d s each)"
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "2/4", "3/4", "4/4", "4/4", "4/4"]
+    assert re.fullmatch(rf"meta-iterations 1/4  {figure}", lines[0])
+    assert re.fullmatch(rf"meta-iterations 2/4  {figure}  val/loss \d+\.\d{{4}}", lines[2])
+    assert re.fullmatch(rf"meta-iterations 4/4  {figure}  {loss}", lines[-1])
+
+
+def test_lines_are_rare_but_for_validations(capsys: pytest.CaptureFixture[str]) -> None:
+    run(MetaProgressBar(), val_check_interval=3)
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["3/4", "4/4"]
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_a_bar_on_a_terminal(sanity: int) -> None:
+    bar, out = MetaProgressBar(refresh=0.0), io.StringIO()
+    bar._console = Console(file=out, force_terminal=True, width=200)
+    done = run(bar, num_sanity_val_steps=sanity)
+    text = without_codes(out.getvalue())
+    assert "0/4" in text
+    assert re.search(rf"meta-iterations .* 4/4 .*/s +val/loss {done.callback_metrics['val/loss']:.4f}", text)
+    assert bar._bar is None  # closed
+
+
+class Slow(Callback):
+    """Meta-iterations of 20 ms, validations of 400 ms."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        time.sleep(0.02)
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        time.sleep(0.4)
+
+
+def test_the_rate_leaves_out_validations(capsys: pytest.CaptureFixture[str]) -> None:
+    run(MetaProgressBar(), Slow(), max_steps=12, val_check_interval=6)
+    rates = [float(re.search(r"  ([\d.]+)/s", line).group(1)) for line in capsys.readouterr().out.splitlines()]
+    assert len(rates) == 3
+    assert all(12 < rate <= 50 for rate in rates)  # 6 meta-iterations in 520 ms would be 11.5
+
+
+def test_evaluation_counts_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    data = SinusoidDataModule(val_tasks=4, test_tasks=4, eval_tasks_per_batch=2)
+    evaluating = trainer(MetaProgressBar(line_every=0.0), inference_mode=False)
+    for verb in (evaluating.validate, evaluating.test):
+        verb(learner, data, verbose=False)
+    evaluating.predict(learner, data)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [re.match(r"batches of tasks (\d)  [\d.]+", line).group(1) for line in lines] == ["1", "2"] * 3
+
+
+def test_disabled_it_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = MetaProgressBar(refresh=0.0, line_every=0.0)
+    bar._console = Console(force_terminal=True)
+    bar.disable()
+    run(bar)
+    assert capsys.readouterr().out == ""
+    bar.enable()
+    run(bar)
+    assert "4/4" in without_codes(capsys.readouterr().out)

@@ -1,0 +1,106 @@
+"""The shipped configs: each is complete, says what its name says, and runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fomal.cli import configs_dir, main
+
+CONFIGS = sorted(path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml"))
+RULES = {"reptile": "fomal.outer.Reptile", "fomaml": "fomal.outer.QueryFOMAML", "maml": "fomal.outer.MAML"}
+# The released runs on Omniglot (Nichol et al. 2018, appendix A).
+RELEASED = ("inner lr", "inner_steps", "inner_batch_size", "train_shots", "max_steps", "eval_inner_batch_size")
+RELEASED_RUNS = {5: (1e-3, 5, 10, 10, 100_000, 5), 20: (5e-4, 10, 20, 10, 200_000, 10)}
+COMPLETE = {
+    "seed_everything": (),
+    "model": (
+        *("network", "rule", "inner_optimizer", "outer_optimizer", "outer_final"),
+        *("inner_steps", "inner_batch_size", "eval_inner_steps", "eval_inner_batch_size"),
+    ),
+    "data": ("class_path", "init_args"),
+    "trainer": ("max_steps", "val_check_interval", "logger"),
+}
+DATA = ("shots", "query_shots", "train_shots", "meta_batch_size", "val_tasks", "test_tasks")
+
+
+def load(config: str) -> dict[str, Any]:
+    return yaml.safe_load((configs_dir() / config).read_text())
+
+
+@pytest.fixture(scope="session")
+def omniglot_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images are decoded once for all configs."""
+    return tmp_path_factory.mktemp("omniglot_cache")
+
+
+def test_every_row_of_the_published_table_has_its_config() -> None:
+    rows = {f"omniglot/{w}way_{s}shot_{rule}.yaml" for w in (5, 20) for s in (1, 5) for rule in RULES}
+    assert len(rows) == 12
+    assert rows <= set(CONFIGS)
+    assert {f"sinusoid/{rule}.yaml" for rule in RULES} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_is_complete_by_itself(config: str) -> None:
+    content = load(config)
+    assert content.keys() == COMPLETE.keys()
+    for section, keys in COMPLETE.items():
+        assert not keys or set(keys) <= content[section].keys()
+    data, model = content["data"]["init_args"], content["model"]
+    assert set(DATA) <= data.keys()
+    if "reptile" not in config:
+        assert data["train_query_shots"] >= 1
+    if model["inner_optimizer"]["class_path"].endswith("Adam"):
+        assert model["inner_state"] == "carried"
+    assert content["trainer"]["val_check_interval"] <= content["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_is_what_its_name_says(config: str) -> None:
+    content = load(config)
+    data, model, trainer = content["data"]["init_args"], content["model"], content["trainer"]
+    rule = config.removesuffix(".yaml").rpartition("_")[2].rpartition("/")[2]
+    assert model["rule"]["class_path"] == RULES[rule]
+    assert trainer["logger"]["init_args"]["name"] == config.removesuffix(".yaml")
+    dataset = {"omniglot": "Omniglot", "sinusoid": "Sinusoid"}[config.partition("/")[0]]
+    assert content["data"]["class_path"] == f"fomal.data.{dataset}DataModule"
+    if dataset == "Sinusoid":
+        return
+    quick, ways, shots = re.search(r"/(quick_)?(\d+)way_(\d+)shot_", config).groups()
+    assert (data["ways"], data["shots"]) == (int(ways), int(shots))
+    assert model["network"]["init_args"]["ways"] == int(ways)
+    assert f"Omniglot {ways}-way {shots}-shot" in (configs_dir() / config).read_text().splitlines()[0]
+    if rule == "reptile":
+        found = {**model, **data, **trainer, "inner lr": model["inner_optimizer"]["init_args"]["lr"]}
+        expected = dict(zip(RELEASED, RELEASED_RUNS[int(ways)], strict=True)) | ({"max_steps": 3000} if quick else {})
+        assert {key: found[key] for key in RELEASED} == expected
+        assert (model["inner_optimizer"]["init_args"]["beta1"], model["eval_inner_steps"]) == (0, 50)
+        assert (model["outer_optimizer"]["init_args"]["lr"], model["outer_final"]) == (1, 0)
+    else:  # full batches
+        assert model["inner_batch_size"] == int(ways) * data["train_shots"]
+        assert model["eval_inner_batch_size"] == int(ways) * data["shots"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_runs(
+    config: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = ["--data.meta_batch_size=2", "--data.val_tasks=1", "--model.eval_inner_steps=2"]
+    fast += ["--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    if config.startswith("omniglot"):
+        root, cache = (request.getfixturevalue(name) for name in ("omniglot_root", "omniglot_cache"))
+        fast += [f"--data.root={root}", f"--data.cache_dir={cache}", "--data.query_shots=1"]
+    monkeypatch.chdir(tmp_path)
+    cli = main(["fit", "--config", config, "--trainer.fast_dev_run", "2", *fast])
+    assert cli.trainer.global_step == 2
+    figures = cli.trainer.callback_metrics
+    assert figures["train/loss_last_step"].isfinite()
+    name = "val/accuracy" if config.startswith("omniglot") else "val/loss"
+    assert figures[name].isfinite()
+    assert all(p.isfinite().all() for p in cli.model.network.parameters())
+    assert not list(tmp_path.iterdir())  # a trial leaves nothing
