@@ -78,6 +78,9 @@ def test_wandb_offline(config: str) -> None:
     run = cli.trainer.logger.experiment
     assert dict(run.summary)["val/loss"] == pytest.approx(cli.trainer.callback_metrics["val/loss"].item())
     assert run.summary["trainer/global_step"] == 4  # meta-iterations
+    assert run.config["model"]["inner_steps"] == 2
+    assert run.config["data"]["init_args"]["meta_batch_size"] == 2
+    assert set(run.config.keys()) == {"seed_everything", "model", "data", "trainer"}
     wandb.teardown()  # writes everything out
     (log,) = Path("runs/wandb").glob(f"offline-run-*-{run.id}/run-{run.id}.wandb")
     assert b"val/loss" in log.read_bytes()

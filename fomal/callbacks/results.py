@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import time
 from importlib.metadata import version
@@ -69,8 +70,17 @@ class ResultsFile(Callback):
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(path)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        path.write_text(json.dumps(_strict(results), indent=2, allow_nan=False) + "\n")
         rank_zero_info(f"Results are in {path}.")
+
+
+def _strict(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have: a single task has no interval."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _meta_iterations(trainer: L.Trainer) -> int | None:

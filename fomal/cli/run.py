@@ -40,12 +40,13 @@ def run(verb: str, args: Sequence[str]) -> FomalCLI:
         # Lightning's own use of torch; nothing the user could change.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+        handler = signal.getsignal(signal.SIGINT)
         try:
             return FomalCLI(verb, args)
         except SystemExit as stop:
             # The trainer turns Ctrl-C into exit code 1, and leaves it ignored.
             if isinstance(stop.__context__, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, handler)
                 raise stop.__context__ from None
             raise
 
@@ -103,6 +104,8 @@ class SaveConfig(SaveConfigCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             keep_earlier(path)
             self.parser.save(self.config, path, skip_unset=False, multifile=False)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(getattr(pl_module, "config", {}))
 
 
 class FomalCLI(LightningCLI):

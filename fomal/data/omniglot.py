@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 import torch
@@ -55,10 +54,6 @@ class OmniglotDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        # A pathlib.Path among the hyper-parameters would make a checkpoint that cannot be loaded.
-        root = os.fspath(root)
-        cache_dir = None if cache_dir is None else os.fspath(cache_dir)
-        self.save_hyperparameters()
         positive(image_size=image_size, train_classes=train_classes)
         nonnegative(val_classes=val_classes, partition_seed=partition_seed)
         one_of(("random", "alphabet"), partition=partition)

@@ -31,7 +31,6 @@ class SinusoidDataModule(EpisodeDataModule):
 
     def __init__(self, shots: int = 10, query_shots: int = 100, **kwargs: Any) -> None:
         super().__init__(shots=shots, query_shots=query_shots, **kwargs)
-        self.save_hyperparameters()
         if query_shots < 2:
             raise ValueError(f"query_shots={query_shots} must be at least 2, the ends of the interval.")
 

@@ -324,18 +324,6 @@ def test_loader_yields_episodes(tiny_folders: Path, cache_dir: Path) -> None:
     assert sum(batch.tasks for batch in data.val_dataloader()) == 3
 
 
-def test_hyperparameters_are_plain_values(tmp_path: Path) -> None:
-    data = OmniglotDataModule(root=tmp_path, cache_dir=tmp_path, ways=3, train_shots=4)  # type: ignore[arg-type]
-    assert data.hparams["root"] == data.hparams["cache_dir"] == str(tmp_path)
-    assert data.hparams["ways"] == 3
-    assert data.hparams["train_shots"] == 4
-    assert data.hparams["partition_seed"] == 0
-    assert all(isinstance(value, int | str | None) for value in data.hparams.values())
-
-
-# The cache
-
-
 @pytest.mark.parametrize("kind", ["zips", "folders"])
 def test_cache_is_reused(kind: str, request: pytest.FixtureRequest, cache_dir: Path) -> None:
     root = request.getfixturevalue(kind)
