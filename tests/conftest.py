@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fomal import tree
+from fomal.cli import main
 from fomal.data.episode import Episode
 from fomal.data.sampler import minibatch_plan
 from fomal.inner.objective import Objective
@@ -91,3 +92,19 @@ def make_inner(network: nn.Module, episode: Episode) -> Callable[..., InnerLoop]
         return InnerLoop(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line that must fail; its one-line message."""
+
+    def run(*args: str, code: int = 2) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == code
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fomal: error: ")]
+        assert len(lines) == 1
+        assert len(lines[0]) < 500  # with the long paths of a test folder
+        return lines[0].removeprefix("fomal: error: ")
+
+    return run

@@ -48,22 +48,6 @@ def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]):
-    """Run a command line that must fail; its one-line message."""
-
-    def run(*args: str, code: int = 2) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-        assert stop.value.code == code
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fomal: error: ")]
-        assert len(lines) == 1
-        assert len(lines[0]) < 300
-        return lines[0].removeprefix("fomal: error: ")
-
-    return run
-
-
-@pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]):
     """Run with --print_config; the configuration printed."""
 
@@ -324,3 +308,15 @@ def test_print_config_flags(fails, capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", *SINE, "--print_config=skip_default"])
     assert "inner_state" not in yaml.safe_load(capsys.readouterr().out)["model"]
     assert fails("fit", *SINE, "--print_config=all").startswith("--print_config=all is unknown: use skip_default")
+
+
+def test_a_failed_download_is_one_line(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("fomal.data.omniglot_files.download_url", no_network)
+    options = ["--data.root", str(tmp_path), "--data.download", "true", "--data.cache_dir", str(tmp_path)]
+    options += ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    message = fails("fit", "--config", "omniglot/5way_1shot_reptile", *options, code=1)
+    assert "could not fetch" in message
+    assert "images_background.zip" in message

@@ -23,6 +23,7 @@ from fomal.inner import SGD
 from fomal.learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
+from tests.sine import tiny_model
 
 Fails = Callable[..., str]
 
@@ -32,13 +33,7 @@ def settings(folder: Path) -> dict[str, Any]:
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": "run"}}
     return {
         "seed_everything": 3,
-        "model": {
-            "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
-            "rule": {"class_path": "fomal.outer.Reptile"},
-            "inner_optimizer": {"class_path": "fomal.inner.SGD", "init_args": {"lr": 0.02}},
-            "inner_steps": 2,
-            "eval_inner_steps": 2,
-        },
+        "model": tiny_model(),
         "data": {
             "class_path": "fomal.data.SinusoidDataModule",
             "init_args": {"meta_batch_size": 2, "val_tasks": 2, "test_tasks": 2},
@@ -67,21 +62,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     cli = main(["fit", "--config", config_file(folder)])
     cli.trainer.save_checkpoint(folder / "done.ckpt")
     return str(folder / "done.ckpt")
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command line that must fail; its one-line message."""
-
-    def run(*args: str, code: int = 2) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-        assert stop.value.code == code
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fomal: error: ")]
-        assert len(lines) == 1
-        return lines[0].removeprefix("fomal: error: ")
-
-    return run
 
 
 # -- a run and its folder

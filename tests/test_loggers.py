@@ -11,16 +11,11 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from fomal.cli import main
+from tests.sine import tiny_model
 
 RUN = {
     "seed_everything": 3,
-    "model": {
-        "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
-        "rule": {"class_path": "fomal.outer.Reptile"},
-        "inner_optimizer": {"class_path": "fomal.inner.SGD", "init_args": {"lr": 0.02}},
-        "inner_steps": 2,
-        "eval_inner_steps": 2,
-    },
+    "model": tiny_model(),
     "data": {"class_path": "fomal.data.SinusoidDataModule", "init_args": {"meta_batch_size": 2, "val_tasks": 2}},
     "trainer": {
         "max_steps": 4,

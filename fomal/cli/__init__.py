@@ -99,6 +99,7 @@ def _is_setting_error(error: Exception) -> bool:
     # Lightning's own error is known by its name: importing it here would make `fomal --help` slow.
     return (
         isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        or (isinstance(error, RuntimeError) and _is_from_fomal(error))  # e.g. a failed download
         or type(error).__name__ == "MisconfigurationException"
     )
 

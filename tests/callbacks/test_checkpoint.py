@@ -26,6 +26,7 @@ from fomal.inner import Adam
 from fomal.learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
+from tests.sine import tiny_model
 
 
 def fit(callbacks: list[Callback], steps: int, folder: Path, **settings: Any) -> L.Trainer:
@@ -163,13 +164,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "", "version": "run"}}
     config = {
         "seed_everything": 3,
-        "model": {
-            "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
-            "rule": {"class_path": "fomal.outer.Reptile"},
-            "inner_optimizer": {"class_path": "fomal.inner.Adam", "init_args": {"lr": 0.01}},
-            "inner_steps": 2,
-            "eval_inner_steps": 2,
-        },
+        "model": tiny_model("Adam", lr=0.01),
         "data": {
             "class_path": "fomal.data.SinusoidDataModule",
             "init_args": {"meta_batch_size": 2, "val_tasks": 6, "eval_tasks_per_batch": 2},

@@ -25,6 +25,7 @@ from fomal.inner import SGD
 from fomal.learner import MetaLearner
 from fomal.models import Conv4
 from fomal.outer import Reptile
+from tests.sine import tiny_model
 
 TASKS, WAYS, QUERIES = 7, 3, 2
 
@@ -129,13 +130,7 @@ def test_an_earlier_file_is_kept_and_validation_writes_none(
 def test_regression_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config: dict[str, Any] = {
         "seed_everything": 3,
-        "model": {
-            "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
-            "rule": {"class_path": "fomal.outer.Reptile"},
-            "inner_optimizer": {"class_path": "fomal.inner.SGD", "init_args": {"lr": 0.02}},
-            "inner_steps": 2,
-            "eval_inner_steps": 2,
-        },
+        "model": tiny_model(),
         "data": {
             "class_path": "fomal.data.SinusoidDataModule",
             "init_args": {"meta_batch_size": 2, "test_tasks": TASKS, "query_shots": 5, "eval_tasks_per_batch": 4},
