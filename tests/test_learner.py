@@ -101,9 +101,10 @@ def test_a_run_is_the_papers_algorithm_written_out():
         torch.testing.assert_close(learner.network.get_parameter(name), p, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "rule", [Reptile(), FOMAML(tail_shots=1), QueryFOMAML(), MAML()], ids=lambda r: type(r).__name__
-)
+RULES = [Reptile(), FOMAML(tail_shots=1), QueryFOMAML(), MAML()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_the_same_run_twice_is_bitwise_equal(rule):
     def run():
         learner = blob_learner(rule, inner=SGD(0.1))
@@ -398,3 +399,23 @@ def test_logged_losses_are_means_over_the_interval_at_their_meta_iteration(tmp_p
         first, last = torch.stack(chunk).mean(0)
         assert float(row["train/loss_first_step"]) == pytest.approx(first.item(), rel=1e-5)
         assert float(row["train/loss_last_step"]) == pytest.approx(last.item(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_a_run_on_the_gpu_is_the_run_on_the_cpu(rule):
+    """In float64, where two devices differ by the order of summation alone; then evaluation, and bf16 for a step."""
+    found = []
+    for accelerator in ("cpu", "gpu"):
+        learner, data = blob_learner(rule, inner=SGD(0.05)), Blobs(train_query_shots=2, test_tasks=20)
+        run = trainer(3, accelerator=accelerator, devices=1, precision="64-true")
+        run.fit(learner, datamodule=data)
+        run.test(learner, datamodule=data, verbose=False)
+        found.append((weights(learner), learner.results["metrics"]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name].cpu(), value, rtol=1e-6, atol=1e-9)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9)
+    learner = blob_learner(rule, inner=SGD(0.05))
+    trainer(1, accelerator="gpu", devices=1, precision="bf16-mixed").fit(learner, datamodule=Blobs(train_query_shots=2))
+    assert all(torch.isfinite(value).all() for value in weights(learner).values())
