@@ -111,7 +111,7 @@ class MetaLearner(L.LightningModule):
 
     def initialisation(self) -> Tree:
         """The trainable parameters of the network, cut off from autograd."""
-        return {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
 
     def inner_loop(self, episode: Episode, training: bool) -> InnerLoop:
         """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""

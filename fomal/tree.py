@@ -21,22 +21,22 @@ def mean(tree: Mapping[str, Tensor]) -> Tree:
 
 
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
-    """A - b."""
+    """The difference a - b."""
     return {name: t - b[name] for name, t in a.items()}
 
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
-    """A + b."""
+    """The sum a + b."""
     return {name: t + b[name] for name, t in a.items()}
 
 
 def add_scaled(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float) -> Tree:
-    """A + scale * b."""
+    """The sum a + scale * b."""
     return {name: torch.add(t, b[name], alpha=scale) for name, t in a.items()}
 
 
 def scaled(tree: Mapping[str, Tensor], scale: float) -> Tree:
-    """Scale * tree."""
+    """The tree times `scale`."""
     return {name: t * scale for name, t in tree.items()}
 
 

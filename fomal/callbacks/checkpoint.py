@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from fomal.callbacks.folder import is_trial, run_folder
+from fomal.checks import positive
 from fomal.data.episode import Episode
 from fomal.files import keep_earlier
 
@@ -35,8 +36,7 @@ class SaveLast(Checkpoint):
     """
 
     def __init__(self, every_n_meta_iterations: int = 1000, dirpath: str | None = None) -> None:
-        if every_n_meta_iterations < 1:
-            raise ValueError(f"every_n_meta_iterations={every_n_meta_iterations} must be at least 1.")
+        positive(every_n_meta_iterations=every_n_meta_iterations)
         self.every = every_n_meta_iterations
         self.dirpath = dirpath
         self._training = self._in_step = self._interrupted = False

@@ -17,8 +17,8 @@ KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkp
 # Settings that may differ from the checkpoint's: they change neither the weights nor which classes are tested.
 FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download"}
 FREE_TO_EVALUATE = {"model.eval_inner_steps", "model.eval_inner_batch_size", "model.vectorize"}
-# Data settings that may not: the head has so many ways, and another partition would test on training classes.
-FIXED_DATA = {"class_path", "ways", "partition", "partition_seed", "train_classes", "val_classes", "rotations"}
+# Data settings that may not, beside the data's own `partition_settings`: the head has so many ways.
+FIXED_DATA = {"class_path", "ways"}
 
 
 def is_keyword(ckpt_path: str) -> bool:
@@ -58,10 +58,11 @@ def refuse_differences(checkpoint: Mapping[str, Any], asked: Mapping[str, Any], 
         asked: the configuration with what the user gave beside it.
         verb: the verb.
     """
+    partition = set(_imported(checkpoint["data"]["class_path"]).partition_settings)
     wrong = [
         f"{key} is {_text(before)} in the checkpoint, but {_text(now)} was given"
         for key, before, now in differences(checkpoint, asked)
-        if not _is_free(key, verb)
+        if not _is_free(key, verb, FIXED_DATA | partition)
     ]
     if wrong:
         remedy = "leave it out" if len(wrong) == 1 else "leave them out"
@@ -90,7 +91,7 @@ def _imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)  # the parser has imported it before
 
 
-def _is_free(key: str, verb: str) -> bool:
+def _is_free(key: str, verb: str, fixed_data: set[str]) -> bool:
     if key == "seed_everything":
         return False
     section, _, name = key.partition(".")
@@ -98,7 +99,7 @@ def _is_free(key: str, verb: str) -> bool:
         return True
     if verb == "fit":
         return key in FREE_TO_RESUME
-    return key in FREE_TO_EVALUATE or (section == "data" and name.split(".")[0] not in FIXED_DATA)
+    return key in FREE_TO_EVALUATE or (section == "data" and name.split(".")[0] not in fixed_data)
 
 
 def _text(value: Any) -> str:

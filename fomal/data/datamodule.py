@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import lightning as L
 import torch
@@ -62,7 +63,13 @@ class EpisodeDataModule(L.LightningDataModule):
             more than a few pay on a GPU alone.
         num_workers: loader processes; 0 samples in the training process.
         seed: seed of the episode stream; the command line links it to `seed_everything`.
+
+    Attributes:
+        partition_settings: names of the arguments that decide which classes are trained on; a checkpoint is not
+            tested under other values of them.
     """
+
+    partition_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class OmniglotDataModule(ImageDataModule):
         kwargs: see `ImageDataModule`.
     """
 
+    partition_settings = frozenset({"partition", "partition_seed", "train_classes", "val_classes", "rotations"})
     characters: dict[str, list[str]]
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from fomal.checks import positive
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.tree import Tree
@@ -32,8 +33,7 @@ class OuterRule(ABC):
 
     def check(self, inner_steps: int, optimizer: InnerOptimizer) -> None:
         """Raise ValueError, naming argument and remedy, where the rule cannot work with these settings."""
-        if inner_steps < 1:
-            raise ValueError(f"inner_steps={inner_steps} must be at least 1.")
+        positive(inner_steps=inner_steps)
         if self.tail_shots is not None and inner_steps < 2:
             raise ValueError(
                 f"inner_steps={inner_steps} leaves no step before the separate tail: use inner_steps >= 2 "
