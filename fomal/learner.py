@@ -26,6 +26,7 @@ from fomal.inner.optimizer import SHARED, InnerOptimizer, State, mean_state
 from fomal.inner.rollout import InnerLoop, take
 from fomal.metrics import TaskMean
 from fomal.models.norm import use_batch_statistics
+from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
 from fomal.tree import Tree
 
@@ -53,6 +54,10 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: inner steps on a validation, test or prediction task.
         eval_inner_batch_size: support examples per inner step on such a task.
         vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
+        adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
+            exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
+        outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
+            others then stay as they are. Rules made of displacements have nothing to say about the others.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -73,6 +78,8 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: int = 50,
         eval_inner_batch_size: int = 5,
         vectorize: bool | None = None,
+        adapt: list[str] | None = None,
+        outer_parameters: Literal["all", "adapted"] = "all",
     ) -> None:
         super().__init__()
         positive(
@@ -81,6 +88,7 @@ class MetaLearner(L.LightningModule):
             eval_inner_batch_size=eval_inner_batch_size,
         )
         one_of(("carried", "reset"), inner_state=inner_state)
+        one_of(("all", "adapted"), outer_parameters=outer_parameters)
         rule.check(inner_steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -98,6 +106,9 @@ class MetaLearner(L.LightningModule):
         replaced = use_batch_statistics(network)
         if replaced:
             rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
+        self.adapted = None if adapt is None else matching(network, adapt)
+        if self.adapted is not None:
+            self._restrict(self.adapted, outer_parameters)
         self.objective = Objective(network, vectorize)
         self.carried: State | None = None
         self.config: dict[str, Any] = {}
@@ -106,6 +117,19 @@ class MetaLearner(L.LightningModule):
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
         self.accuracies = TaskMean(2)  # alone, transductive
         self.losses_by_step = TaskMean(eval_inner_steps + 1)
+
+    def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
+        """See `adapt` and `outer_parameters`."""
+        others = [name for name, p in self.network.named_parameters() if p.requires_grad and name not in adapted]
+        if outer_parameters == "adapted":
+            for name in others:
+                self.network.get_parameter(name).requires_grad_(False)
+        elif others and not self.rule.needs_query:
+            rank_zero_warn(
+                f"{type(self.rule).__name__} is made of the inner loop's displacements, so the {len(others)} tensors "
+                f"that adapt leaves out, from {others[0]} on, stay as they are initialised: use a rule with a query "
+                f"set, e.g. QueryFOMAML, to learn them, or outer_parameters: adapted to say that this is meant."
+            )
 
     # -- the parts of a meta-iteration
 
@@ -117,13 +141,15 @@ class MetaLearner(L.LightningModule):
         """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""
         phi = self.initialisation()
         like = next(iter(phi.values()))
-        state = self.inner_optimizer.init(phi) if self.carried is None else self.carried
+        adapted = {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
+        state = self.inner_optimizer.init(adapted) if self.carried is None else self.carried
         inner = InnerLoop(
             objective=self.objective,
             optimizer=self.inner_optimizer,
             state={part: tree.to_device(values, like.device) for part, values in state.items()},
             plan=self._plan(episode, training),
             episode=episode.floating(like.dtype),
+            adapted=self.adapted,
         )
         self._check_network(inner, second_order=training and self.rule.differentiates)
         return inner

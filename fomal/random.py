@@ -41,12 +41,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, stream: int, index: Tensor, draws: int) -> Tensor:
+def random_words(seed: int, stream: int | Tensor, index: Tensor, draws: int) -> Tensor:
     """Uniform 32-bit words, `draws` for each index.
 
     Args:
         seed: any integer in [0, 2**64).
-        stream: which of the independent streams of this seed, in [0, 2**32).
+        stream: which of the independent streams of this seed, in [0, 2**32); an int64 scalar tensor where it is known
+            on the device alone.
         index: (T,) int64, e.g. episode numbers, >= 0.
         draws: words per index.
 
@@ -56,7 +57,7 @@ def random_words(seed: int, stream: int, index: Tensor, draws: int) -> Tensor:
     blocks = -(-draws // 4)
     counter = (
         torch.arange(blocks, device=index.device)[None, :],
-        torch.full((1, 1), stream, dtype=torch.int64, device=index.device),
+        torch.as_tensor(stream, dtype=torch.int64, device=index.device).view(1, 1),
         (index & _MASK)[:, None],
         ((index >> 32) & _MASK)[:, None],
     )
@@ -67,6 +68,21 @@ def random_words(seed: int, stream: int, index: Tensor, draws: int) -> Tensor:
 def uniform(words: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Map 32-bit words to float64 uniform in [low, high)."""
     return low + (high - low) * (words.to(torch.float64) * 2.0**-32)
+
+
+def normal(words: Tensor) -> Tensor:
+    """Map 32-bit words to float64 standard normal values, by the method of Box & Muller 1958.
+
+    Args:
+        words: (..., 2 m).
+
+    Returns:
+        (..., 2 m), independent.
+    """
+    radius, angle = words.to(torch.float64).chunk(2, -1)
+    radius = (-2 * torch.log((radius + 1) * 2.0**-32)).sqrt()  # + 1: the logarithm of 0 is not finite
+    angle = angle * (2 * torch.pi * 2.0**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
 
 
 def below(words: Tensor, bound: Tensor | int) -> Tensor:

@@ -13,7 +13,7 @@ from fomal.random import distinct, permutations, random_words
 SPLITS = ("train", "val", "test")
 
 # Streams keep the choices of one episode independent of each other: stream = 16 * split + purpose.
-_CLASSES, _EXAMPLES, _BATCHES, _VALUES, _SHUFFLE = range(5)
+_CLASSES, _EXAMPLES, _BATCHES, _VALUES, _SHUFFLE, _NOISE = range(6)
 
 Plan = tuple[Tensor, ...]
 """An inner schedule: for each inner step, int64 indices (T, B) into the S support examples of each task."""
@@ -51,6 +51,11 @@ def choose(
 def task_words(seed: int, split: int, number: Tensor, draws: int) -> Tensor:
     """(T, draws) 32-bit words for tasks that are drawn from a formula, e.g. a sine's amplitude and phase."""
     return random_words(seed, _stream(split, _VALUES), number, draws)
+
+
+def noise_words(seed: int, split: int, number: Tensor, step: Tensor, draws: int) -> Tensor:
+    """(T, draws) 32-bit words for the noise of inner step `step`, an int64 scalar below 2**24, of each task."""
+    return random_words(seed, _stream(split, _NOISE) + 256 * (step % 2**24), number, draws)
 
 
 def shuffled(seed: int, n: int) -> Tensor:

@@ -89,18 +89,40 @@ class Objective:
         first = self.gradients(params, x, y)[0]
         return [first, torch.func.grad(squared_norm)(params)] if second_order else [first]
 
-    def gradients(self, params: Tree, x: Tensor, y: Tensor) -> tuple[Tree, Tensor]:
+    def gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree | None = None) -> tuple[Tree, Tensor]:
         """Each task's loss and its gradient.
 
         Args:
             params: stacked parameters, (T, ...) each.
             x: (T, B, *input).
             y: (T, B) labels, or targets (T, B, *output).
+            common: the network's other parameters, not stacked: all tasks have the same ones, and their gradient is
+                not computed.
 
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        return self._over_tasks(torch.func.grad_and_value(self._loss))(params, x, y)  # type: ignore[no-any-return]
+
+        def loss(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+            return self._loss({**common, **params} if common else params, x, y)
+
+        return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y)  # type: ignore[no-any-return]
+
+    def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
+        """Each task's Hessian of the loss times a vector of its own, by differentiating twice.
+
+        Args:
+            params: stacked parameters, (T, ...) each.
+            x: (T, B, *input).
+            y: (T, B) labels, or targets (T, B, *output).
+            vectors: (T, ...) each, with the names and shapes of `params`.
+        """
+
+        def product(params: Tree, x: Tensor, y: Tensor, vector: Tree) -> Tree:
+            transposed = torch.func.vjp(lambda p: torch.func.grad(self._loss)(p, x, y), params)[1]
+            return transposed(vector)[0]  # type: ignore[no-any-return] # the Hessian is symmetric
+
+        return self._over_tasks(product)(params, x, y, vectors)  # type: ignore[no-any-return]
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
@@ -143,7 +165,7 @@ class Objective:
             return torch.func.vmap(fn, randomness="different")
 
         def looped(*args: Any) -> Any:
-            tasks = len(args[-1])
+            tasks = len(tree_flatten(args)[0][0])
             results = [fn(*tree_map(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)]
             leaves = zip(*(tree_flatten(result)[0] for result in results), strict=True)
             return tree_unflatten([torch.stack(leaf) for leaf in leaves], tree_flatten(results[0])[1])

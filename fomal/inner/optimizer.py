@@ -25,6 +25,10 @@ class InnerOptimizer(ABC):
     differentiable: bool = True
     """Whether `update` has finite derivatives everywhere, as rules that differentiate the inner loop need."""
 
+    def for_tasks(self, seed: int, split: int, number: Tensor) -> InnerOptimizer:
+        """This optimiser for the episodes `number` (T,) of a stream: an optimiser with noise draws it by them."""
+        return self
+
     @abstractmethod
     def init(self, params: Mapping[str, Tensor]) -> State:
         """The state before the first step, for parameters of these shapes."""

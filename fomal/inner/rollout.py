@@ -40,7 +40,8 @@ class Trajectory(NamedTuple):
         end: stacked parameters after the last step, (T, ...) each.
         state: the inner optimiser's stacked state after the last step.
         losses: (k, T), the loss on each step's mini-batch before the step.
-        combination: stacked sum_j w_j d_j of the steps' displacements d_j; empty where no weights were given.
+        combination: stacked sum_j w_j d_j of the steps' displacements d_j, of the parameters that are adapted; empty
+            where no weights were given.
     """
 
     end: Tree
@@ -64,6 +65,7 @@ class InnerLoop:
         state: its state before the first step, of one task.
         plan: the mini-batch of each step.
         episode: the tasks.
+        adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
     """
 
     objective: Objective
@@ -71,35 +73,66 @@ class InnerLoop:
     state: State
     plan: Plan
     episode: Episode
+    adapted: frozenset[str] | None = None
 
-    def steps(self, start: Tree) -> Iterator[Step]:
-        """Adapt every task from the initialisation `start` (one set of parameters), step by step."""
-        tasks = self.episode.tasks
-        params, state = tree.stack(start, tasks), stack_state(self.state, tasks)
+    def split(self, start: Tree) -> tuple[Tree, Tree]:
+        """The parameters that are adapted, and the others."""
+        if self.adapted is None:
+            return start, {}
+        adapted = {name: p for name, p in start.items() if name in self.adapted}
+        return adapted, {name: p for name, p in start.items() if name not in self.adapted}
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mini-batch of each step: x (T, B, *input) and y (T, B, ...)."""
         for index in self.plan:
-            x, y = take(self.episode.support_x, index), take(self.episode.support_y, index)  # (T, B, ...)
-            gradient, loss = self.objective.gradients(params, x, y)
-            moved, state = self.optimizer.update(gradient, state, params)
-            yield Step(params, moved, state, loss)
+            yield take(self.episode.support_x, index), take(self.episode.support_y, index)
+
+    def steps(self, start: Tree, onward: Trajectory | None = None) -> Iterator[Step]:
+        """Adapt every task from the initialisation `start` (one set of parameters), step by step.
+
+        Args:
+            start: the initialisation, not stacked.
+            onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
+        """
+        episode, tasks = self.episode, self.episode.tasks
+        optimizer = self.optimizer.for_tasks(episode.seed, episode.split, episode.number)
+        alone, common = self.split(start)
+        everywhere = tree.stack(common, tasks)
+        params, state = tree.stack(alone, tasks), stack_state(self.state, tasks)
+        if onward is not None:
+            params, state = self.split(onward.end)[0], onward.state
+        for x, y in self.batches():
+            gradient, loss = self.objective.gradients(params, x, y, common)
+            moved, state = optimizer.update(gradient, state, params)
+            yield Step({**everywhere, **params}, {**everywhere, **moved}, state, loss)
             params = moved
 
-    def rollout(self, start: Tree, step_weights: Sequence[float] | None = None) -> Trajectory:
+    def rollout(
+        self, start: Tree, step_weights: Sequence[float] | None = None, onward: Trajectory | None = None
+    ) -> Trajectory:
         """Adapt every task from the initialisation `start` (one set of parameters).
 
         Args:
             start: the initialisation, not stacked. If it requires gradients, or is differentiated with
                 `torch.func`, the result is a differentiable function of it.
             step_weights: weights w_j of the steps' displacements d_j = W_j - W_(j-1), one for each step.
+            onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
         """
+        tasks = self.episode.tasks
+        end, state = tree.stack(start, tasks), stack_state(self.state, tasks)
         combination: Tree = {}
-        losses = []
-        for number, step in enumerate(self.steps(start)):
-            losses.append(step.loss)
+        losses = [self.episode.support_x.new_empty(0, tasks)] if onward is None else [onward.losses]
+        if onward is not None:
+            end, state = onward.end, onward.state
+        for number, step in enumerate(self.steps(start, onward)):
+            end, state = step.after, step.state
+            losses.append(step.loss[None])
             weight = step_weights[number] if step_weights is not None else 0.0
             if weight:
-                displacement = tree.scaled(tree.subtract(step.after, step.before), weight)
+                after, before = self.split(step.after)[0], self.split(step.before)[0]
+                displacement = tree.scaled(tree.subtract(after, before), weight)
                 combination = tree.add(combination, displacement) if combination else displacement
-        return Trajectory(step.after, step.state, torch.stack(losses), combination)
+        return Trajectory(end, state, torch.cat(losses), combination)
 
     def query_gradients(self, params: Tree) -> Tree:
         """Each task's gradient of the query loss at its own stacked parameters."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fomal import tree
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.inner.rollout import InnerLoop, Trajectory
-from fomal.outer.rule import OuterRule
+from fomal.outer.rule import Expansion, OuterRule, step_expansion
 from fomal.tree import Tree
 
 
@@ -32,8 +32,13 @@ class StepCombination(OuterRule):
         super().check(inner_steps, optimizer)
         if len(self.weights) != inner_steps:
             raise ValueError(
-                f"weights has {len(self.weights)} entries, but inner_steps={inner_steps}: give one for each step."
+                f"weights has {len(self.weights)} entries, but inner_steps={inner_steps}: give one for each step, "
+                f"or change inner_steps."
             )
+
+    def expansion(self, inner_steps: int) -> Expansion:
+        """Divided by alpha: sum_j w_j AvgGrad - sum_j (j - 1) w_j alpha AvgGradInner."""
+        return step_expansion(self.weights)
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""

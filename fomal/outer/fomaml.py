@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fomal import tree
 from fomal.inner.rollout import InnerLoop, Trajectory
-from fomal.outer.rule import OuterRule
+from fomal.outer.rule import Expansion, OuterRule, query_expansion, step_expansion
 from fomal.tree import Tree
 
 
@@ -23,9 +23,12 @@ class FOMAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
-        steps = len(inner.plan)
-        trajectory = inner.rollout(start, step_weights=[0.0] * (steps - 1) + [1.0])
+        trajectory = inner.rollout(start, step_weights=_last(len(inner.plan)))
         return tree.scaled(tree.mean(trajectory.combination), -1.0), trajectory
+
+    def expansion(self, inner_steps: int) -> Expansion:
+        """Divided by alpha: AvgGrad - (k - 1) alpha AvgGradInner."""
+        return step_expansion(_last(inner_steps))
 
 
 class QueryFOMAML(OuterRule):
@@ -37,3 +40,11 @@ class QueryFOMAML(OuterRule):
         """See `OuterRule`."""
         trajectory = inner.rollout(start)
         return tree.mean(inner.query_gradients(trajectory.end)), trajectory
+
+    def expansion(self, inner_steps: int) -> Expansion:
+        """AvgGrad - k alpha AvgGradInner for k inner steps (equation 29, where the query batch counts as one)."""
+        return query_expansion(inner_steps, 0)
+
+
+def _last(steps: int) -> list[float]:
+    return [0.0] * (steps - 1) + [1.0]

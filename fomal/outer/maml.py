@@ -1,12 +1,16 @@
-"""MAML (Finn, Abbeel & Levine 2017), exact."""
+"""MAML (Finn, Abbeel & Levine 2017), exact, and truncated to the last inner steps."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fomal import tree
+from fomal.inner.optimizer import InnerOptimizer
 from fomal.inner.rollout import InnerLoop, Trajectory
-from fomal.outer.rule import OuterRule
+from fomal.outer.rule import Expansion, OuterRule, query_expansion
 from fomal.tree import Tree
 
 
@@ -21,10 +25,63 @@ class MAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
+        return back_propagate(inner, start, len(inner.plan))
 
-        def query_loss(start: Tree) -> tuple[Tensor, Trajectory]:
-            trajectory = inner.rollout(start)
-            return inner.query_losses(trajectory.end).mean(), trajectory
+    def expansion(self, inner_steps: int) -> Expansion:
+        """AvgGrad and -2 k alpha AvgGradInner for k inner steps (equation 28, where the query batch counts as one)."""
+        return query_expansion(inner_steps, inner_steps)
 
-        gradient, trajectory = torch.func.grad(query_loss, has_aux=True)(start)
-        return gradient, trajectory
+
+class TruncatedMAML(OuterRule):
+    """MAML, differentiated through the last `order` inner steps alone (Shaban et al. 2019, truncated back-propagation).
+
+    Order 0 is first-order MAML, order k exact MAML. With k inner steps it takes k + 1 gradients and `order`
+    Hessian-vector products, one after the other, and keeps the graph of `order` steps in memory.
+
+    Args:
+        order: how many of the inner steps to go back through, at most `inner_steps`.
+    """
+
+    needs_query = True
+
+    def __init__(self, order: int = 1) -> None:
+        self.order = order
+        self.differentiates = order > 0
+
+    def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
+        """See `OuterRule`."""
+        return back_propagate(inner, start, self.order)
+
+    def expansion(self, inner_steps: int) -> Expansion:
+        """AvgGrad and -(k + order) alpha AvgGradInner for k inner steps."""
+        return query_expansion(inner_steps, self.order)
+
+    def check(self, inner_steps: int, optimizer: InnerOptimizer) -> None:
+        """Also refuse an order beyond the inner steps."""
+        super().check(inner_steps, optimizer)
+        check_order(self.order, inner_steps)
+
+
+def check_order(order: int, inner_steps: int) -> None:
+    """Raise ValueError for an order that is negative or exceeds the number of inner steps."""
+    if not 0 <= order <= inner_steps:
+        raise ValueError(
+            f"order={order} must be from 0 (first order) to inner_steps={inner_steps} (exact): change one of the two."
+        )
+
+
+def back_propagate(inner: InnerLoop, start: Tree, order: int) -> tuple[Tree, Trajectory]:
+    """The mean gradient of the query losses with respect to the parameters before the last `order` inner steps.
+
+    Parameters that are not adapted are the same in every step; their gradient goes through those last steps too.
+    """
+    cut = len(inner.plan) - order
+    begun = replace(inner, plan=inner.plan[:cut]).rollout(start)
+    rest = replace(inner, plan=inner.plan[cut:])
+
+    def query_loss(middle: Tree, start: Tree) -> tuple[Tensor, Trajectory]:
+        trajectory = rest.rollout(start, onward=begun._replace(end=middle))
+        return inner.query_losses(trajectory.end).mean(), trajectory
+
+    (by_middle, by_start), trajectory = torch.func.grad(query_loss, argnums=(0, 1), has_aux=True)(begun.end, start)
+    return tree.add(by_start, {name: g.sum(0) for name, g in by_middle.items()}), trajectory

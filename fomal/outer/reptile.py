@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fomal import tree
 from fomal.inner.rollout import InnerLoop, Trajectory
-from fomal.outer.rule import OuterRule
+from fomal.outer.rule import Expansion, OuterRule, step_expansion
 from fomal.tree import Tree
 
 
@@ -14,4 +14,8 @@ class Reptile(OuterRule):
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
         trajectory = inner.rollout(start)
-        return tree.subtract(start, tree.mean(trajectory.end)), trajectory
+        return tree.subtract(inner.split(start)[0], tree.mean(trajectory.end)), trajectory
+
+    def expansion(self, inner_steps: int) -> Expansion:
+        """Divided by alpha: k AvgGrad - k (k - 1) / 2 alpha AvgGradInner."""
+        return step_expansion([1.0] * inner_steps)
