@@ -22,6 +22,7 @@ LAYERS = [
     {"inner"},
     {"outer"},
     {"evaluation"},
+    {"analysis"},
     {"learner"},
     {"plots"},
     {"callbacks"},

@@ -36,6 +36,7 @@ VERBS = {
     "validate": Verb("adapt to the validation tasks and report", "fomal.cli.run"),
     "test": Verb("adapt to the test tasks and report", "fomal.cli.run"),
     "predict": Verb("adapt to the test tasks and write each prediction", "fomal.cli.run"),
+    "analyze": Verb("measure what the outer gradients are made of", "fomal.cli.analyze"),
 }
 
 

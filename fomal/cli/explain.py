@@ -22,7 +22,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
     for attempt in (_unknown_option, _unknown_parameter, _unknown_class, _wrong_value):
         if line := attempt(text, parser):
             return line
-    text = re.sub(r"(arguments are required: .*)", lambda m: re.sub(r"\b(fit|validate|test|predict)\.", "", m[1]), text)
+    text = re.sub(
+        r"(arguments are required: .*)", lambda m: re.sub(r"\b(fit|validate|test|predict|analyze)\.", "", m[1]), text
+    )
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 

@@ -36,13 +36,18 @@ _PRINT_FLAGS = {"skip_default": "skip_default", "skip_unset": "skip_unset", "com
 
 def run(verb: str, args: Sequence[str]) -> FomalCLI:
     """Parse `args`, build everything, and run `verb`."""
+    return run_cli(FomalCLI, verb, args)
+
+
+def run_cli(cli: type[FomalCLI], verb: str, args: Sequence[str]) -> FomalCLI:
+    """Parse, build and run with a command line of the given class."""
     with warnings.catch_warnings():
         # Lightning's own use of torch; nothing the user could change.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
         handler = signal.getsignal(signal.SIGINT)
         try:
-            return FomalCLI(verb, args)
+            return cli(verb, args)
         except SystemExit as stop:
             # The trainer turns Ctrl-C into exit code 1, and leaves it ignored.
             if isinstance(stop.__context__, KeyboardInterrupt):
@@ -116,12 +121,15 @@ class FomalCLI(LightningCLI):
         args: the command line after the verb.
     """
 
+    trainer_type: type[L.Trainer] = L.Trainer
+
     def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb = verb
         super().__init__(
             MetaLearner,
             EpisodeDataModule,
             save_config_callback=SaveConfig,
+            trainer_class=self.trainer_type,
             trainer_defaults=trainer_defaults(verb),
             seed_everything_default=0,
             parser_kwargs={
