@@ -42,7 +42,7 @@ class QueryFOMAML(OuterRule):
         return tree.mean(inner.query_gradients(trajectory.end)), trajectory
 
     def expansion(self, inner_steps: int) -> Expansion:
-        """AvgGrad - k alpha AvgGradInner for k inner steps (equation 29, where the query batch counts as one)."""
+        """AvgGrad - k alpha AvgGradInner for k inner steps (section 5.1)."""
         return query_expansion(inner_steps, 0)
 
 

@@ -28,7 +28,7 @@ class MAML(OuterRule):
         return back_propagate(inner, start, len(inner.plan))
 
     def expansion(self, inner_steps: int) -> Expansion:
-        """AvgGrad and -2 k alpha AvgGradInner for k inner steps (equation 28, where the query batch counts as one)."""
+        """AvgGrad and -2 k alpha AvgGradInner for k inner steps (section 5.1)."""
         return query_expansion(inner_steps, inner_steps)
 
 
