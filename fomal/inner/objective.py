@@ -117,12 +117,10 @@ class Objective:
             y: (T, B) labels, or targets (T, B, *output).
             vectors: (T, ...) each, with the names and shapes of `params`.
         """
-
-        def product(params: Tree, x: Tensor, y: Tensor, vector: Tree) -> Tree:
-            transposed = torch.func.vjp(lambda p: torch.func.grad(self._loss)(p, x, y), params)[1]
-            return transposed(vector)[0]  # type: ignore[no-any-return] # the Hessian is symmetric
-
-        return self._over_tasks(product)(params, x, y, vectors)  # type: ignore[no-any-return]
+        # Reverse over the vectorised gradient, the nesting that `settle` compares with the loop; under an outer vmap
+        # torch has no second derivative of its batch norm.
+        transposed = torch.func.vjp(lambda p: self.gradients(p, x, y)[0], params)[1]
+        return transposed(vectors)[0]  # type: ignore[no-any-return] # the Hessian is symmetric
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
@@ -165,7 +163,7 @@ class Objective:
             return torch.func.vmap(fn, randomness="different")
 
         def looped(*args: Any) -> Any:
-            tasks = len(tree_flatten(args)[0][0])
+            tasks = len(args[-1])
             results = [fn(*tree_map(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)]
             leaves = zip(*(tree_flatten(result)[0] for result in results), strict=True)
             return tree_unflatten([torch.stack(leaf) for leaf in leaves], tree_flatten(results[0])[1])

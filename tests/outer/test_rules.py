@@ -121,14 +121,6 @@ def test_maml_tends_to_fomaml_linearly_as_the_inner_step_size_goes_to_zero(make_
         assert 8 < larger / smaller < 12.5
 
 
-def test_permuting_the_tasks_changes_no_outer_gradient(episode, make_inner, phi):
-    order = torch.tensor([2, 0, 3, 1])
-    for rule in (Reptile(), FOMAML(), QueryFOMAML(), MAML()):
-        inner = make_inner(SGD(0.1))
-        other = make_inner(SGD(0.1), episode=episode.select(order), plan=tuple(i[order] for i in inner.plan))
-        assert_trees_close(rule(inner, phi)[0], rule(other, phi)[0])
-
-
 @pytest.mark.parametrize(
     ("rule", "steps", "optimizer", "message"),
     [
