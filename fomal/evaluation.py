@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fomal.inner.rollout import InnerLoop
-from fomal.tree import Tree, stack
+from fomal.tree import Tree, distance, stack
 
 
 class ClassificationResult(NamedTuple):
@@ -19,12 +19,15 @@ class ClassificationResult(NamedTuple):
         logits_transductive: (T, Q, ways), all queries of a task forwarded together.
         accuracy: (T,), share of the queries predicted right from `logits`.
         accuracy_transductive: (T,), likewise from `logits_transductive`.
+        distance: (T,), of the adapted parameters from the initialisation: D(phi, W_t) in section 5.2 of Nichol et
+            al. 2018, Euclidean.
     """
 
     logits: Tensor
     logits_transductive: Tensor
     accuracy: Tensor
     accuracy_transductive: Tensor
+    distance: Tensor
 
 
 class RegressionResult(NamedTuple):
@@ -33,10 +36,12 @@ class RegressionResult(NamedTuple):
     Attributes:
         predictions: (T, Q, *output) after the last step.
         losses: (T, k + 1), query loss before the first step and after each.
+        distance: (T,), of the adapted parameters from the initialisation, Euclidean.
     """
 
     predictions: Tensor
     losses: Tensor
+    distance: Tensor
 
 
 @torch.no_grad()
@@ -47,7 +52,7 @@ def classify(inner: InnerLoop, start: Tree) -> ClassificationResult:
     alone = objective.predict_alone(adapted, episode.support_x, episode.query_x)  # (T, Q, ways)
     together = objective.predict(adapted, episode.query_x)  # (T, Q, ways)
     right, right_together = ((logits.argmax(-1) == episode.query_y).double().mean(1) for logits in (alone, together))
-    return ClassificationResult(alone, together, right, right_together)
+    return ClassificationResult(alone, together, right, right_together, distance(adapted, start))
 
 
 @torch.no_grad()
@@ -58,4 +63,5 @@ def regress(inner: InnerLoop, start: Tree) -> RegressionResult:
     for step in inner.steps(start):
         params = step.after
         losses.append(inner.query_losses(params))
-    return RegressionResult(inner.objective.predict(params, inner.episode.query_x), torch.stack(losses, 1))
+    predictions = inner.objective.predict(params, inner.episode.query_x)
+    return RegressionResult(predictions, torch.stack(losses, 1), distance(params, start))

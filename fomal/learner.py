@@ -117,6 +117,7 @@ class MetaLearner(L.LightningModule):
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
         self.accuracies = TaskMean(2)  # alone, transductive
         self.losses_by_step = TaskMean(eval_inner_steps + 1)
+        self.distances = TaskMean()
 
     def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
         """See `adapt` and `outer_parameters`."""
@@ -261,6 +262,7 @@ class MetaLearner(L.LightningModule):
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
         result = self.evaluate(batch)
+        self.distances.update(result.distance)
         if isinstance(result, RegressionResult):
             self.losses_by_step.update(result.losses)
         else:
@@ -297,12 +299,15 @@ class MetaLearner(L.LightningModule):
             self.results["loss_by_step"] = mean.tolist()
             self.results["loss_by_step_ci95"] = ci.tolist()
             tasks = int(self.losses_by_step.total_tasks)
+        if self.distances.update_called:
+            figures["distance"] = self.distances.compute()
         metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
         metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
         self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
         self.log_dict({**metrics, "step": float(self.global_step)} if stage == "val" else metrics)
         self.accuracies.reset()
         self.losses_by_step.reset()
+        self.distances.reset()
 
     # -- checks before work starts, and checkpoints
 

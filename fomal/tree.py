@@ -40,6 +40,13 @@ def scaled(tree: Mapping[str, Tensor], scale: float) -> Tree:
     return {name: t * scale for name, t in tree.items()}
 
 
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean distance of each task's parameters a, stacked, from the one set of parameters b: (T,)."""
+    by_name = torch.stack([torch.linalg.vector_norm((t - b[name]).flatten(1), dim=1) for name, t in a.items()])
+    total: Tensor = torch.linalg.vector_norm(by_name, dim=0)
+    return total
+
+
 def detach(tree: Mapping[str, Tensor]) -> Tree:
     """The same values, cut off from autograd."""
     return {name: t.detach() for name, t in tree.items()}

@@ -23,6 +23,8 @@ def test_both_protocols_equal_the_released_procedure(network, episode, make_inne
             torch.testing.assert_close(result.logits_transductive[t], together, rtol=1e-7, atol=1e-9)
             right = (together.argmax(1) == episode.query_y[t]).double().mean()
             assert result.accuracy_transductive[t] == right
+            way = [(p - start).flatten() for p, start in zip(adapted.parameters(), network.parameters(), strict=True)]
+            torch.testing.assert_close(result.distance[t], torch.cat(way).norm(), rtol=1e-9, atol=0)
 
 
 def test_only_transductive_prediction_sees_the_other_queries(network, episode, make_inner):
@@ -48,6 +50,8 @@ def test_regression_measures_the_query_loss_after_each_step(make_inner, episode)
         before = torch.nn.functional.mse_loss(network(targets.query_x[t]), targets.query_y[t])
         after = torch.nn.functional.mse_loss(adapted(targets.query_x[t]), targets.query_y[t])
         torch.testing.assert_close(result.losses[t, [0, -1]], torch.stack([before, after]), rtol=1e-8, atol=1e-10)
+        way = [(p - start).flatten() for p, start in zip(adapted.parameters(), network.parameters(), strict=True)]
+        torch.testing.assert_close(result.distance[t], torch.cat(way).norm().detach(), rtol=1e-9, atol=0)
         torch.testing.assert_close(result.predictions[t], adapted(targets.query_x[t]), rtol=1e-8, atol=1e-10)
 
 

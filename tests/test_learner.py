@@ -185,8 +185,9 @@ def test_results_do_not_depend_on_how_many_tasks_run_at_once():
         found.append(learner.results)
     assert found[0]["tasks"] == 30
     assert {"test/accuracy", "test/accuracy_ci95", "test/accuracy_transductive"} <= set(found[0]["metrics"])
-    for other in found[1:]:  # up to the order of summation
-        assert found[0]["metrics"] == pytest.approx(other["metrics"], rel=1e-12)
+    for other in found[1:]:
+        for name, value in found[0]["metrics"].items():  # distances are in 32-bit before they are summed
+            assert value == pytest.approx(other["metrics"][name], rel=1e-3 if "distance" in name else 1e-12)
 
 
 def test_regression_reports_the_loss_after_each_step():

@@ -32,7 +32,8 @@ def draw_curve(files: Sequence[Path], out: Path) -> bool:
     """Draw accuracies, or losses on a logarithmic scale; return whether there was anything to draw."""
     curves = read_curves(files)
     accuracies = {name: curve for name, curve in curves.items() if "accuracy" in name}
-    shown, scale = (accuracies, 100.0) if accuracies else (curves, 1.0)
+    losses = {name: curve for name, curve in curves.items() if "loss" in name}
+    shown, scale = (accuracies, 100.0) if accuracies else (losses, 1.0)
     if not shown:
         return False
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -82,15 +82,16 @@ def test_classification(
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "new" / "results.json").read_text())
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    names = {"test/accuracy", "test/accuracy_transductive"}
+    names = {"test/accuracy", "test/accuracy_transductive", "test/distance"}
     assert results["metrics"].keys() == logged.keys() == names | {f"{name}_ci95" for name in names}
     assert results["metrics"] == pytest.approx(logged)  # the logged ones are float32
     assert (results["tasks"], results["checkpoint"], results["meta_iterations"]) == (TASKS, None, None)
     assert 0 < results["wall_time_s"] <= elapsed
     assert f"{TASKS} tasks" in out
-    for name in names:
+    for name in names - {"test/distance"}:
         mean, half = (100 * results["metrics"][key] for key in (name, f"{name}_ci95"))
         assert re.search(rf" {name} .* {mean:.2f} % .* ± {half:.2f} ", out)
+    assert re.search(rf" test/distance .* {results['metrics']['test/distance']:.4f} ", out)
 
     trainer.predict(classifier, images)
     episodes = by_episode(rows(tmp_path / "new" / "predictions.csv"))
@@ -143,7 +144,7 @@ def test_regression_through_the_command_line(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     cli = main(["test", "--ckpt_path", checkpoint])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    names = {"test/loss", "test/loss_before"}
+    names = {"test/loss", "test/loss_before", "test/distance"}
     assert results["metrics"].keys() == names | {f"{name}_ci95" for name in names}
     assert results["checkpoint"] == checkpoint
     assert (results["meta_iterations"], results["tasks"], results["seed"]) == (3, TASKS, 3)
