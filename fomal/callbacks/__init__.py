@@ -1,8 +1,17 @@
 """Lightning callbacks: progress, checkpoints, results and figures of a run."""
 
+from fomal.callbacks.alignment import GradientAlignment
 from fomal.callbacks.checkpoint import SaveLast
 from fomal.callbacks.figures import AdaptationFigure, LearningCurve
 from fomal.callbacks.progress import MetaProgressBar
 from fomal.callbacks.results import PredictionsFile, ResultsFile
 
-__all__ = ["AdaptationFigure", "LearningCurve", "MetaProgressBar", "PredictionsFile", "ResultsFile", "SaveLast"]
+__all__ = [
+    "AdaptationFigure",
+    "GradientAlignment",
+    "LearningCurve",
+    "MetaProgressBar",
+    "PredictionsFile",
+    "ResultsFile",
+    "SaveLast",
+]
