@@ -36,6 +36,8 @@ VERBS = {
     "validate": Verb("adapt to the validation tasks and report", "fomal.cli.run"),
     "test": Verb("adapt to the test tasks and report", "fomal.cli.run"),
     "predict": Verb("adapt to the test tasks and write each prediction", "fomal.cli.run"),
+    "compare": Verb("draw and tabulate several runs", "fomal.cli.compare"),
+    "experiment": Verb("run the experiments of a file, and draw them", "fomal.cli.experiment"),
     "analyze": Verb("measure what the outer gradients are made of", "fomal.cli.analyze"),
 }
 

@@ -21,7 +21,8 @@ def configs_dir() -> Path:
 def config_names() -> list[str]:
     """Names of the shipped configs: their paths without folder and suffix, e.g. "sinusoid/reptile"."""
     folder = configs_dir()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return [name for name in names if not name.startswith("experiments/")]  # of several runs each
 
 
 def is_text(config: str) -> bool:
@@ -37,6 +38,8 @@ def find_config(name: str) -> str:
     if is_text(name) or "://" in name or Path(name).is_file():
         return name
     short = name.removeprefix("configs/").removesuffix(".yaml")
+    if (configs_dir() / f"{short}.yaml").is_file() and short.startswith("experiments/"):
+        raise UsageError(f"--config {name} describes several runs: use `fomal experiment {short.split('/')[1]}`.")
     if short not in config_names():
         hint = did_you_mean(short, config_names()) or f"; the shipped ones are in {configs_dir()}"
         raise UsageError(f"--config {name}: there is no such file and no shipped config of that name{hint}")
