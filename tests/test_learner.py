@@ -12,7 +12,7 @@ from fomal.inner import SGD, Adam
 from fomal.inner.rollout import take
 from fomal.learner import MetaLearner
 from fomal.models import MLP, BatchNorm, Conv4
-from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile
+from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
 from tests.oracle import adapt_one, batches
 
 

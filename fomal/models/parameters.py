@@ -20,7 +20,8 @@ def matching(network: nn.Module, patterns: list[str]) -> frozenset[str]:
     names = [name for name, p in network.named_parameters() if p.requires_grad]
     for pattern in patterns:
         if not matches(names, pattern.removeprefix("!")):
-            raise ValueError(f"adapt: {pattern!r} matches no parameter; there are {', '.join(names)}.")
+            some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ValueError(f"adapt: {pattern!r} matches no parameter; there are {some}.")
     wanted = {name for p in patterns if not p.startswith("!") for name in matches(names, p)}
     unwanted = {name for p in patterns if p.startswith("!") for name in matches(names, p[1:])}
     if not wanted - unwanted:
