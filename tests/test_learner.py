@@ -101,7 +101,7 @@ def test_a_run_is_the_papers_algorithm_written_out():
         torch.testing.assert_close(learner.network.get_parameter(name), p, rtol=1e-9, atol=1e-12)
 
 
-RULES = [Reptile(), FOMAML(tail_shots=1), QueryFOMAML(), MAML()]
+RULES = [Reptile(), FOMAML(tail_shots=1), QueryFOMAML(), MAML(), TruncatedMAML(2), BinomialMAML(2)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
