@@ -42,7 +42,8 @@ def scaled(tree: Mapping[str, Tensor], scale: float) -> Tree:
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """The Euclidean distance of each task's parameters a, stacked, from the one set of parameters b: (T,)."""
-    by_name = torch.stack([torch.linalg.vector_norm((t - b[name]).flatten(1), dim=1) for name, t in a.items()])
+    apart = {name: (t - b[name])[:, None].flatten(1) for name, t in a.items()}  # (T, size), scalars too
+    by_name = torch.stack([torch.linalg.vector_norm(t, dim=1) for t in apart.values()])
     total: Tensor = torch.linalg.vector_norm(by_name, dim=0)
     return total
 

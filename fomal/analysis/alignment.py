@@ -65,7 +65,8 @@ def gradient_alignment(objective: Objective, start: Tree, episodes: Iterable[Epi
         params = stack(start, episode.tasks)
         for half, (x, y) in zip(found, halves(episode), strict=True):
             gradients = objective.gradients(params, x, y)[0]
-            half.append(torch.cat([g.detach().flatten(1) for g in gradients.values()], 1).double())  # (T, d)
+            parts = [g.detach()[:, None].flatten(1) for g in gradients.values()]  # (T, size), scalars too
+            half.append(torch.cat(parts, 1).double())  # (T, d)
     first, second = (torch.cat(half) for half in found)
     products = first @ second.T  # (T, T)
     cosines = products / (first.norm(dim=1)[:, None] * second.norm(dim=1))

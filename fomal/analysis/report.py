@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.outer import FOMAML, MAML, BinomialMAML, OuterRule, QueryFOMAML, Reptile, TruncatedMAML
 from fomal.tree import Tree
+
+Watch = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
 
 GROUPS = 20  # of tasks, for the jackknife
 TAYLOR_TASKS = 5  # the expansion holds for each task alone, so a few show it
@@ -57,6 +59,7 @@ def analyze(
     batches: int,
     batch_size: int,
     lr: float,
+    watch: Watch = lambda groups, what: groups,
 ) -> Report:
     """Measure AvgGrad, AvgGradInner, the rules' coefficients and their Taylor residuals, in float64.
 
@@ -69,6 +72,7 @@ def analyze(
         batches: mini-batches per task, n >= 2; inner steps of a rule with a query set are one less.
         batch_size: examples in a mini-batch.
         lr: inner step size alpha, > 0.
+        watch: shows the progress through a sequence of groups of tasks, of which it is told what they are for.
 
     Raises:
         ValueError: too few tasks or mini-batches, or a rule that does not fit their number.
@@ -90,7 +94,10 @@ def analyze(
     alphas = geometric(high / 10**DECADES, high, 4 * DECADES + 1)
     left = {name: residuals(few, rule, alphas) for name, rule in rules.items()}
     groups = torch.arange(tasks).tensor_split(min(GROUPS, tasks))
-    estimates = [estimate_terms(map(problem, groups), rules, alpha) for alpha in (lr, alphas[0])]
+    estimates = [
+        estimate_terms(map(problem, watch(groups, f"coefficients at α = {alpha:.1e}")), rules, alpha)
+        for alpha in (lr, alphas[0])
+    ]
     return Report(estimates[0], estimates[1], alphas, left, {name: slope(alphas, r) for name, r in left.items()})
 
 

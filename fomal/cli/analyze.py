@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fomal.analysis.report import Report, analyze, standard_rules
@@ -80,6 +82,9 @@ class AnalyzingTrainer(L.Trainer):
             batches=batches,
             batch_size=model.inner_batch_size,
             lr=_inner_lr(model) if lr is None else lr,
+            watch=lambda groups, what: track(
+                groups, what, console=Console(stderr=True), disable=not sys.stderr.isatty()
+            ),
         )
         if self.is_global_zero:
             _keep(report, out, {"checkpoint": ckpt_path and str(ckpt_path), "split": split, "config": model.config})

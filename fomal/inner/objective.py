@@ -117,10 +117,14 @@ class Objective:
             y: (T, B) labels, or targets (T, B, *output).
             vectors: (T, ...) each, with the names and shapes of `params`.
         """
+
         # Reverse over the vectorised gradient, the nesting that `settle` compares with the loop; under an outer vmap
         # torch has no second derivative of its batch norm.
-        transposed = torch.func.vjp(lambda p: self.gradients(p, x, y)[0], params)[1]
-        return transposed(vectors)[0]  # type: ignore[no-any-return] # the Hessian is symmetric
+        def along(params: Tree) -> Tensor:
+            gradients = self.gradients(params, x, y)[0]
+            return torch.stack([(g * vectors[name]).sum() for name, g in gradients.items()]).sum()
+
+        return torch.func.grad(along)(params)  # type: ignore[no-any-return]
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""

@@ -117,6 +117,7 @@ def test_the_highest_order_is_exact_with_convolutions_and_batch_norm(rule, vecto
     inner.objective.vectorize = vectorize
     for name, value in rule(STEPS)(inner, phi)[0].items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+        assert not value.requires_grad  # which would keep the whole graph alive
 
 
 def test_on_a_convex_problem_the_error_falls_with_the_order_and_the_binomials_is_smaller():
