@@ -1,4 +1,4 @@
-"""The shipped configs: each is complete, says what its name says, and runs."""
+"""The shipped configs and experiments: each is complete, says what its name says, and runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import yaml
 
 from fomal.cli import configs_dir, main
 from fomal.cli.configs import config_names
+from fomal.cli.experiments import experiment_names, merged, read_experiment
+from fomal.plots.runs import flat_settings
 
 CONFIGS = [f"{name}.yaml" for name in config_names()]
 TABLE = {"reptile": "fomal.outer.Reptile", "fomaml": "fomal.outer.QueryFOMAML", "maml": "fomal.outer.MAML"}
@@ -124,3 +126,52 @@ def test_a_config_runs(
     assert figures[name].isfinite()
     assert all(p.isfinite().all() for p in cli.model.network.parameters())
     assert not list(tmp_path.iterdir())  # a trial leaves nothing
+
+
+# -- experiments: several runs each
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_run_of_a_shipped_experiment_is_complete(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = read_experiment(name)
+    assert len(experiment.runs) >= 10
+    base = load(f"{experiment.base}.yaml")
+    parsed: set[tuple[str, ...]] = set()
+    for run in experiment.runs:
+        config = merged(base, run.overrides(Path("here"), 0))
+        assert config.keys() == COMPLETE.keys()
+        model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
+        assert trainer["val_check_interval"] <= trainer["max_steps"]
+        # Each mini-batch of a gradient combination is new: a training task has as many examples as they take.
+        if model["rule"]["class_path"].endswith("StepCombination"):
+            assert len(model["rule"]["init_args"]["weights"]) == model["inner_steps"]
+            assert data["train_shots"] * data["ways"] == model["inner_steps"] * model["inner_batch_size"]
+        # What there is not shows in the names of the settings: runs with the same names are parsed once.
+        names = (*sorted(flat_settings(config)), model["rule"]["class_path"])
+        if names not in parsed:
+            parsed.add(names)
+            with pytest.raises(SystemExit) as stop:
+                main(["fit", "--config", yaml.safe_dump(config), "--print_config"])
+            assert stop.value.code == 0
+            assert yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]["init_args"]["name"] == run.name
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_method_of_a_shipped_experiment_runs(
+    name: str, tmp_path: Path, omniglot_root: Path, omniglot_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = read_experiment(name)
+    fast = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    fast += [
+        "--model.network.filters=2",
+        "--model.eval_inner_steps=1",
+        "--data.val_tasks=1",
+        "--data.meta_batch_size=1",
+    ]
+    fast += [f"--data.root={omniglot_root}", f"--data.cache_dir={omniglot_cache}"]
+    for run in {point.method: point.run for point in experiment.points}.values():  # the last of each method
+        cli = main(["fit", "--config", experiment.base, "--config", yaml.safe_dump(run.overrides(tmp_path, 0)), *fast])
+        assert cli.trainer.global_step == 2
+        assert cli.trainer.callback_metrics["val/accuracy"].isfinite()
+    assert not list(tmp_path.iterdir())  # trials leave nothing

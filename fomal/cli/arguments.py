@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from fomal.cli.errors import UsageError, did_you_mean
@@ -24,8 +25,11 @@ class Arguments(argparse.ArgumentParser):
         """Raise UsageError."""
         raise UsageError(message)
 
-    def refuse_unknown(self, unknown: list[str]) -> None:
-        """Raise UsageError for the first of the arguments that the parser does not know."""
-        if unknown:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            raise UsageError(f"there is no option {unknown[0]}{did_you_mean(unknown[0], known)}")
+    def parse(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse; raise UsageError for an option that there is not, with the nearest names."""
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        for arg in args:  # before the parser takes its value for something else
+            name = arg.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                raise UsageError(f"there is no option {name}{did_you_mean(name, known)}")
+        return self.parse_args(list(args))

@@ -35,11 +35,14 @@ def find_config(name: str) -> str:
 
     Config text and remote addresses are returned as they are.
     """
-    if is_text(name) or "://" in name or Path(name).is_file():
+    if is_text(name) or "://" in name:
         return name
     short = name.removeprefix("configs/").removesuffix(".yaml")
-    if (configs_dir() / f"{short}.yaml").is_file() and short.startswith("experiments/"):
-        raise UsageError(f"--config {name} describes several runs: use `fomal experiment {short.split('/')[1]}`.")
+    path = Path(name) if Path(name).is_file() else configs_dir() / f"{short}.yaml"
+    if path.is_file() and path.resolve().is_relative_to(configs_dir() / "experiments"):
+        raise UsageError(f"--config {name} describes several runs: use `fomal experiment {path.stem}`.")
+    if Path(name).is_file():
+        return name
     if short not in config_names():
         hint = did_you_mean(short, config_names()) or f"; the shipped ones are in {configs_dir()}"
         raise UsageError(f"--config {name}: there is no such file and no shipped config of that name{hint}")

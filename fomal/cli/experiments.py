@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -43,8 +44,17 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Point:
-    """A result of an experiment: a method, and in a sweep the panel and the value of its setting."""
+    """A result of an experiment: a method, and in a sweep the panel and the value of its setting.
 
+    Attributes:
+        name: the folder its run would have if no other point had the same settings.
+        method: label of the method.
+        run: the run it shares with the points of the same settings.
+        panel: name of the setting that is swept; empty without a sweep.
+        at: the setting's value.
+    """
+
+    name: str
     method: str
     run: PlannedRun
     panel: str = ""
@@ -70,7 +80,12 @@ class Experiment:
     @property
     def runs(self) -> list[PlannedRun]:
         """The runs, each once."""
-        return list({point.run.name: point.run for point in self.points}.values())
+        return self.runs_named("")
+
+    def runs_named(self, text: str) -> list[PlannedRun]:
+        """The runs of the points whose folder's name, or method, contains a text."""
+        points = [point for point in self.points if text in point.name or text in point.method]
+        return list({point.run.name: point.run for point in points}.values())
 
 
 def experiment_names() -> list[str]:
@@ -96,46 +111,71 @@ def read_experiment(name: str) -> Experiment:
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     _check_keys(path, "the file", content, _KEYS, {"title", "base", "methods"})
-    if not Path(content["base"]).is_file() and content["base"] not in config_names():
-        hint = did_you_mean(content["base"], config_names())
-        raise UsageError(f"{path}: base {content['base']} is neither a file nor a shipped config{hint}")
-    return Experiment(path.stem, content["title"], content["base"], _points(path, content))
+    base = str(content["base"])
+    if not Path(base).is_file() and base not in config_names():
+        hint = did_you_mean(base, config_names()) or f"; the shipped ones are in {configs_dir()}"
+        raise UsageError(f"{path}: base {base} is neither a file nor a shipped config{hint}")
+    return Experiment(path.stem, str(content["title"]), base, _points(path, content))
 
 
 def _points(path: Path, content: Mapping[str, Any]) -> list[Point]:
-    common, methods = content.get("settings") or {}, content["methods"]
+    common = _mapping(path, "settings", content.get("settings"))
+    methods = {str(m): _mapping(path, f"method {m!r}", part) for m, part in _methods(path, content).items()}
+    sweeps = _mapping(path, "sweeps", content.get("sweeps"))
     points: list[Point] = []
     planned: dict[str, PlannedRun] = {}
 
-    def add(name: str, settings: dict[str, Any], method: str, panel: str = "", at: float = 0.0) -> None:
+    def add(name: str, method: str, *parts: Mapping[str, Any], **place: Any) -> None:
+        settings = functools.reduce(merged, parts, common)
         run = planned.setdefault(json.dumps(settings, sort_keys=True), PlannedRun(name, settings))
-        points.append(Point(method, run, panel, at))
+        points.append(Point(name, method, run, **place))
 
-    if not content.get("sweeps"):
-        for method, settings in methods.items():
-            add(slug(method), merged(common, settings or {}), method)
-    for panel, values in (content.get("sweeps") or {}).items():
-        for point in values:
-            _check_keys(path, f"a point of {panel!r}", point, _POINT_KEYS, {"at"})
-            own = point.get("methods") or {}
-            if strangers := sorted(set(own) - set(methods)):
-                raise UsageError(f"{path}: {panel!r} at {point['at']} names {strangers[0]!r}, which is no method.")
-            for method, settings in methods.items():
-                parts = (settings or {}, point.get("settings") or {}, own.get(method) or {})
-                combined = common
-                for part in parts:
-                    combined = merged(combined, part)
-                add(
-                    f"{slug(panel)}/{slug(str(point['at']))}/{slug(method)}",
-                    combined,
-                    method,
-                    panel,
-                    float(point["at"]),
-                )
+    if not sweeps:
+        for method, own in methods.items():
+            add(slug(method), method, own)
+    for panel, values in sweeps.items():
+        for point in _checked_points(path, panel, values, methods):
+            over, at = point.get("settings") or {}, point["at"]
+            for method, own in methods.items():
+                name = f"{slug(panel)}/{slug(str(at))}/{slug(method)}"
+                add(name, method, own, over, (point.get("methods") or {}).get(method) or {}, panel=panel, at=float(at))
     names = [run.name for run in planned.values()]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"{path}: two methods would share the folder {twice[0]}: give them names that differ more.")
+    for name in names:
+        if names.count(name) > 1 or not all(name.split("/")):
+            raise UsageError(f"{path}: {name!r} is no folder of one run alone: choose names that differ in letters.")
     return points
+
+
+def _methods(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    methods = _mapping(path, "methods", content["methods"])
+    if not methods:
+        raise UsageError(f"{path}: methods is empty: give at least one, as `label: settings`.")
+    return methods
+
+
+def _checked_points(path: Path, panel: str, values: Any, methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of a sweep; raise UsageError for what cannot be meant."""
+    if not isinstance(values, list) or not values:
+        raise UsageError(f"{path}: the sweep {panel!r} must be a list of points, as `- {{at: 5, settings: ...}}`.")
+    for point in values:
+        _check_keys(path, f"a point of {panel!r}", point, _POINT_KEYS, {"at"})
+        if isinstance(point["at"], bool) or not isinstance(point["at"], int | float):
+            raise UsageError(f"{path}: {panel!r} has a point at {point['at']!r}: give a number, its place on the axis.")
+        where = f"{panel!r} at {point['at']}"
+        _mapping(path, f"settings of {where}", point.get("settings"))
+        for method, settings in _mapping(path, f"methods of {where}", point.get("methods")).items():
+            if method not in methods:
+                hint = did_you_mean(str(method), methods) or f"; the methods are {', '.join(methods)}"
+                raise UsageError(f"{path}: {where} names {method!r}, which is no method{hint}")
+            _mapping(path, f"{method!r} of {where}", settings)
+    return values
+
+
+def _mapping(path: Path, what: str, content: Any) -> dict[str, Any]:
+    """The mapping, empty for nothing; raise UsageError for anything else."""
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(f"{path}: {what} is {content!r}: it must be a mapping of settings.")
+    return content or {}
 
 
 def _check_keys(path: Path, what: str, content: Any, known: set[str], needed: set[str]) -> None:

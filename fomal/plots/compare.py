@@ -1,17 +1,24 @@
-"""Learning curves and final results of several runs, side by side."""
+"""Learning curves and final results of several methods, side by side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from fomal.plots.runs import Method
 
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>pXP*h"
+LEGEND_WIDTH = 45  # characters; longer labels are broken
+INCHES_PER_CHARACTER = 0.075
+NO_BREAK = "\u00a0"
 
 
 def scale_of(metric: str) -> tuple[float, str]:
@@ -19,8 +26,24 @@ def scale_of(metric: str) -> tuple[float, str]:
     return (100.0, " %") if "accuracy" in metric else (1.0, "")
 
 
+def name_of(metric: str) -> str:
+    """What to write at an axis or above a column, e.g. "accuracy transductive, %"."""
+    unit = scale_of(metric)[1]
+    return metric.replace("_", " ") + (f",{unit}" if unit else "")
+
+
+def set_scale(axes: Axes, metric: str, means: Sequence[float]) -> None:
+    """Losses are drawn on a logarithmic scale, which ends below the means: intervals may reach below 0."""
+    positive = [mean for mean in means if mean > 0]
+    if "loss" in metric and positive:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 2))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+
+
 def style_of(place: int) -> dict[str, Any]:
-    """Colour, line and marker of the method at a place of the legend: all different for ten and more."""
+    """Colour, line and marker of the method at a place of the legend: all different for sixty."""
     return {
         "color": colormaps["tab10"](place % 10),
         "linestyle": LINES[place % len(LINES)],
@@ -30,42 +53,68 @@ def style_of(place: int) -> dict[str, Any]:
 
 
 def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> Figure:
-    """Validation curves with their 95 % bands; at the right end the test results, with their intervals.
+    """Validation curves with their 95 % bands; at the right the test results, with their intervals.
 
     A method without a curve, e.g. an untrained network, is a horizontal line.
     """
-    scale, unit = scale_of(metric)
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
-    axes = figure.subplots()
-    last = max((step for method in methods for step, _, _ in method.curve(metric)), default=1)
-    for place, method in enumerate(methods):
-        style, curve, final = style_of(place), method.curve(metric), method.final(metric)
-        label = method.label
-        if final is not None:
-            label += f" (test {scale * final[0]:.4g} ± {scale * final[1]:.2g}{unit})"
-        if curve:
-            steps = [step for step, _, _ in curve]
-            mean, half = ([scale * point[i] for point in curve] for i in (1, 2))
-            axes.plot(steps, mean, label=label, **style)
-            low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        elif final is not None:
-            axes.axhline(scale * final[0], label=label, color=style["color"], linestyle=style["linestyle"])
-        if final is not None and curve:
-            # Beside each other, so that intervals that overlap can be told apart.
-            x = last * (1.03 + 0.12 * place / max(len(methods) - 1, 1))
-            axes.errorbar(
-                x,
-                scale * final[0],
-                scale * final[1],
-                color=style["color"],
-                marker=style["marker"],
-                markersize=5,
-                capsize=2,
-            )
-    axes.set(xlabel="meta-iterations (right: test)", ylabel=f"{metric}{',' if unit else ''}{unit}", title=title)
-    if "loss" in metric:
-        axes.set_yscale("log")
+    tested = [method for method in methods if method.final(metric) is not None]
+    texts = [fill(_label(method, metric), LEGEND_WIDTH) for method in methods]
+    longest = max(len(line) for text in texts for line in text.splitlines())
+    width = 6.8 + bool(tested) + INCHES_PER_CHARACTER * longest
+    lines = sum(text.count("\n") + 1 for text in texts)
+    figure = Figure(figsize=(width, max(4.8, 0.19 * lines + 0.8)), layout="constrained")
+    ratios = [6.0, 1.0][: 1 + bool(tested)]
+    axes, *ends = figure.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    for place, (method, text) in enumerate(zip(methods, texts, strict=True)):
+        _draw_method(axes, method, metric, text, style_of(place))
+        for end in ends:
+            _draw_result(end, method, metric, place, style_of(place))
+    axes.set(xlabel="meta-iterations", ylabel=name_of(metric), title="validation" if ends else "")
+    if not any(method.curve(metric) for method in methods):
+        axes.set(xlabel="", xticks=[], title="")
+    for end in ends:
+        end.set(title="test", xlim=(-1, len(methods)), xticks=[])
+        end.grid(alpha=0.3)
+    means = [mean for method in methods for _, mean, _ in method.curve(metric)]
+    set_scale(axes, metric, [*means, *(final[0] for method in methods if (final := method.final(metric)))])
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    figure.suptitle(title)
+    heading = "test: mean ± 95 % interval over tasks" if tested else None
+    figure.legend(loc="outside right upper", fontsize="small", handlelength=3, title=heading, title_fontsize="small")
     return figure
+
+
+def _label(method: Method, metric: str) -> str:
+    final = method.final(metric)
+    if final is None:
+        return method.label
+    scale, unit = scale_of(metric)
+    mean, half = (f"{scale * value:.1f}" if unit else f"{value:.3g}" for value in final)
+    text = f"{mean}{unit}" if math.isnan(final[1]) else f"{mean} ± {half}{unit}"
+    return f"{method.label}: {text.replace(' ', NO_BREAK)}"
+
+
+def _draw_method(axes: Axes, method: Method, metric: str, label: str, style: dict[str, Any]) -> None:
+    """A curve with its band, or the test result where there is no curve."""
+    scale, curve, final = scale_of(metric)[0], method.curve(metric), method.final(metric)
+    if not curve and final is None:
+        return
+    if not curve and final is not None:
+        axes.axhline(scale * final[0], label=label, color=style["color"], linestyle=style["linestyle"])
+        return
+    steps = [step for step, _, _ in curve]
+    mean, half = ([scale * point[i] for point in curve] for i in (1, 2))
+    if len(steps) > 40:
+        style = style | {"markevery": max(1, len(steps) // 20)}
+    axes.plot(steps, mean, label=label, **style)
+    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _draw_result(axes: Axes, method: Method, metric: str, place: int, style: dict[str, Any]) -> None:
+    """The test result, each method beside the others, so that intervals that overlap can be told apart."""
+    scale, final = scale_of(metric)[0], method.final(metric)
+    if final is not None:
+        axes.errorbar(
+            place, scale * final[0], scale * final[1], color=style["color"], marker=style["marker"], ms=5, capsize=2
+        )

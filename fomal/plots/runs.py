@@ -1,9 +1,10 @@
-"""What finished and running runs left in their folders, read back for figures and tables."""
+"""What runs left in their folders, read back for figures and tables."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from fomal.plots.curve import Curve, read_curves
 # Settings that make no other method: where files are, how it is computed, and the seed.
 _IGNORED = ("seed_everything", "data.seed", "data.root", "data.cache_dir", "data.download", "data.num_workers")
 _IGNORED_SECTIONS = ("trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.default_root_dir")
+_TESTED = ("model.", "data.")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Run:
 
     Attributes:
         folder: where it is.
-        settings: its configuration by short key, e.g. {"model.rule": "Reptile", "model.inner_steps": 5}.
+        settings: its configuration by short key, e.g. {"model.rule": "Reptile", "model.inner_steps": 5}; where it was
+            tested with other settings than trained, those of the test.
         curves: validation figure, e.g. "accuracy" -> its curve.
         final: test figure, e.g. "accuracy" -> mean and 95 % half-width.
         tasks: number of test tasks.
-        meta_iterations: how long the tested network was trained; None for one that was not.
+        meta_iterations: how long the tested network was trained; None for one that was not, or that was not tested.
     """
 
     folder: Path
@@ -37,6 +40,15 @@ class Run:
     final: dict[str, tuple[float, float]] = field(default_factory=dict)
     tasks: int = 0
     meta_iterations: int | None = None
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it is the test of a network as it is before training."""
+        return self.meta_iterations is None and bool(self.final) and not self.curves
+
+    def metrics(self) -> list[str]:
+        """Its figures, of validation or test."""
+        return list(dict.fromkeys([*self.final, *self.curves]))
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Method:
 
     def metrics(self) -> list[str]:
         """The figures that all runs have, of validation or test."""
-        return [name for name in _names(self.runs[0]) if all(name in _names(run) for run in self.runs)]
+        return [name for name in self.runs[0].metrics() if all(name in run.metrics() for run in self.runs)]
 
     def final(self, metric: str) -> tuple[float, float] | None:
         """Mean over the seeds of a test figure, and its half-width; None unless all runs have it."""
@@ -69,104 +81,132 @@ def mean_of(estimates: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sum(mean for mean, _ in estimates) / n, math.sqrt(sum(ci**2 for _, ci in estimates)) / n
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run."""
-    return (folder / "metrics.csv").is_file() or (folder / "results.json").is_file()
-
-
 def find_runs(folder: Path) -> list[Path]:
     """The run in a folder, or all those in the folders below it; empty where there is none."""
-    if is_run(folder):
+    names = ("metrics.csv", "results.json")
+    if any((folder / name).is_file() for name in names):
         return [folder]
-    return sorted({p.parent for name in ("metrics.csv", "results.json") for p in folder.rglob(name)})
+    return sorted({path.parent for name in names for path in folder.rglob(name)})
 
 
 def read_run(folder: Path) -> Run:
-    """Read configuration, validation curves and test results, as far as there are any."""
-    results: dict[str, Any] = {}
-    if (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text())
-    config = results.get("config") or {}
-    if (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    metrics = [path for path in folder.glob("metrics*.csv") if path.stem != "metrics"]  # those of earlier starts
-    metrics.sort(key=lambda path: int(path.stem.rpartition("_")[2]))
-    metrics += [path for path in (folder / "metrics.csv",) if path.is_file()]
-    found = results.get("metrics", {})
+    """Read configuration, validation curves and test results, as far as there are any.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+    """
+    results = _content(folder / "results.json")
+    settings = flat_settings(_content(folder / "config.yaml"))
+    tested = flat_settings(results.get("config") or {})
+    # A test knows nothing of the trainer that trained, but may be of more shots than the training's validation.
+    keep = _TESTED if settings or results.get("meta_iterations") else ("",)
+    settings |= {key: value for key, value in tested.items() if key.startswith(keep) or key == "seed_everything"}
+    found = results.get("metrics") or {}
     final = {
-        name.removeprefix("test/"): (value, _number(found.get(f"{name}_ci95")))
+        name.removeprefix("test/"): (_number(value), _number(found.get(f"{name}_ci95")))
         for name, value in found.items()
         if not name.endswith("_ci95")
     }
+    curves = read_curves(_metrics_files(folder))
     return Run(
         folder=folder,
-        settings=flat_settings(config),
-        curves={name.removeprefix("val/"): curve for name, curve in read_curves(metrics).items()},
+        settings=settings,
+        curves={name.removeprefix("val/"): curve for name, curve in curves.items()},
         final=final,
         tasks=int(results.get("tasks", 0)),
         meta_iterations=results.get("meta_iterations"),
     )
 
 
+def _metrics_files(folder: Path) -> list[Path]:
+    """The metrics of the run's starts, in order: `keep_earlier` numbers those of earlier ones."""
+    numbered = {
+        int(found[1]): path
+        for path in folder.glob("metrics_*.csv")
+        if (found := re.fullmatch(r"metrics_(\d+)", path.stem))
+    }
+    return [numbered[n] for n in sorted(numbered)] + [p for p in (folder / "metrics.csv",) if p.is_file()]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file holds; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Test or train that run again, or leave it out.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not of a run of fomal: it holds no mapping. Leave its folder out.")
+    return content
+
+
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration by short key; a class by its name."""
+    """A configuration by short key, e.g. `data.ways` for `data.init_args.ways`; a class by its name."""
     flat: dict[str, Any] = {}
 
     def add(key: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            if "class_path" in value:
-                flat[key] = str(value["class_path"]).rpartition(".")[2]
-            for name, part in value.items():
-                if name in ("init_args", "dict_kwargs"):
-                    for argument, inner in (part or {}).items():
-                        add(f"{key}.{argument}", inner)
-                elif name != "class_path":
-                    add(f"{key}.{name}" if key else str(name), part)
-        else:
+        if not isinstance(value, Mapping):
             flat[key] = value
+            return
+        if "class_path" in value:
+            flat[key] = str(value["class_path"]).rpartition(".")[2]
+        for name, part in value.items():
+            if name in ("init_args", "dict_kwargs"):
+                for argument, inner in (part or {}).items():
+                    add(f"{key}.{argument}", inner)
+            elif name != "class_path":
+                add(f"{key}.{name}" if key else str(name), part)
 
     add("", config)
     return {key: value for key, value in flat.items() if "." in key or key == "seed_everything"}
 
 
 def methods(runs: Sequence[Run]) -> list[Method]:
-    """Group the runs that differ in nothing but their seed, labelled by the settings in which the groups differ."""
+    """Group the runs that differ in nothing but their seed, labelled by the settings in which the groups differ.
+
+    The same seed twice is no second sample: such a run is a method of its own.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.settings.items() if not _is_ignored(key)}
-        # A run without configuration, or twice the same one, is its folder's.
+        # A run without configuration is its folder's.
         same = json.dumps(settings, sort_keys=True, default=str) if settings else str(run.folder)
-        untrained = run.meta_iterations is None and bool(run.final) and not run.curves
-        groups.setdefault(f"{same} {untrained}", []).append(run)
+        same += f" untrained={run.is_untrained}"
+        while _seed(run) in map(_seed, groups.get(same, [])):
+            same += " again"
+        groups.setdefault(same, []).append(run)
     return [Method(label, group) for label, group in zip(labels(list(groups.values())), groups.values(), strict=True)]
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What distinguishes each group of runs from the others, in words; the folder's name where nothing does."""
+    """What distinguishes each group of runs from the others, in words, with the folder where that is not enough."""
     all_settings = [group[0].settings for group in groups]
     keys = dict.fromkeys(key for settings in all_settings for key in settings if not _is_ignored(key))
     differing = [key for key in keys if len({json.dumps(s.get(key), default=str) for s in all_settings}) > 1]
-    leaves = [key.rpartition(".")[2] for key in differing]
-    names = {k: leaf if leaves.count(leaf) == 1 else k for k, leaf in zip(differing, leaves, strict=True)}
+    classes = [k for k in differing if k == "model.rule" or any(other.startswith(f"{k}.") for other in keys)]
+    values = [key for key in differing if key not in classes]
+    leaves = [key.rpartition(".")[2] for key in values]
+    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(values, leaves, strict=True)}
     found = []
     for group, settings in zip(groups, all_settings, strict=True):
-        classes = [k for k in differing if any(other.startswith(f"{k}.") for other in keys) or k == "model.rule"]
-        parts = [str(settings[k]) for k in classes if settings.get(k) is not None]
-        parts += [
-            f"{names[k]}={_text(settings[k])}" for k in differing if k not in classes and settings.get(k) is not None
-        ]
-        if group[0].meta_iterations is None and group[0].final and not group[0].curves:
+        parts = [str(settings[key]) for key in classes if settings.get(key) is not None]
+        parts += [f"{names[key]}={_text(settings[key])}" for key in values if settings.get(key) is not None]
+        if group[0].is_untrained:
             parts.append("untrained")
-        found.append(", ".join(parts) or group[0].folder.name)
-    return [label if found.count(label) == 1 else str(g[0].folder) for label, g in zip(found, groups, strict=True)]
+        found.append(", ".join(parts) or str(settings.get("model.rule", group[0].folder.name)))
+    return [
+        label if found.count(label) == 1 else f"{label} ({group[0].folder})"
+        for label, group in zip(found, groups, strict=True)
+    ]
+
+
+def _seed(run: Run) -> str:
+    return str(run.settings.get("seed_everything"))
 
 
 def _is_ignored(key: str) -> bool:
     return key in _IGNORED or key.startswith(_IGNORED_SECTIONS)
-
-
-def _names(run: Run) -> dict[str, None]:
-    return dict.fromkeys([*run.final, *run.curves])
 
 
 def _text(value: Any) -> str:

@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, pstdev
 
 from matplotlib.figure import Figure
 
-from fomal.plots.compare import scale_of, style_of
+from fomal.plots.compare import INCHES_PER_CHARACTER, name_of, scale_of, set_scale, style_of
 
 Panel = Mapping[str, Mapping[float, tuple[float, float]]]
 """Method -> value of the setting -> mean and 95 % half-width."""
 
 
 def sweep_figure(panels: Mapping[str, Panel], metric: str, title: str = "") -> Figure:
-    """One panel for each setting, with the same colour and marker for a method in all of them."""
-    scale, unit = scale_of(metric)
-    figure = Figure(figsize=(4 * len(panels) + 1, 5), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    places: dict[str, int] = {}
-    for ax, (name, panel) in zip(axes, panels.items(), strict=True):
+    """One panel for each setting, with the same colour and marker for a method in all of them.
+
+    Args:
+        panels: name of the setting -> results; a method without any keeps its place in the order of colours.
+        metric: what the results are of.
+        title: above the panels.
+    """
+    scale = scale_of(metric)[0]
+    places = {name: place for place, name in enumerate(dict.fromkeys(m for panel in panels.values() for m in panel))}
+    shown = {name: panel for name, panel in panels.items() if any(panel.values())}
+    width = 4.2 * len(shown) + 0.8
+    figure = Figure(figsize=(width, 5), layout="constrained")
+    handles = {}
+    for ax, (name, panel) in zip(
+        figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True
+    ):
         for method, points in panel.items():
-            place = places.setdefault(method, len(places))
-            x = sorted(points)
-            y, half = ([scale * points[value][i] for value in x] for i in (0, 1))
-            label = method if ax is axes[0] or all(method not in p for p in panels.values() if p is not panel) else None
-            ax.errorbar(x, y, half, label=label, capsize=2, **style_of(place))
+            if points:
+                x = sorted(points)
+                y, half = ([scale * points[value][i] for value in x] for i in (0, 1))
+                handles[method] = ax.errorbar(x, y, half, capsize=2, **(style_of(places[method]) | {"markersize": 5}))
         values = sorted({value for points in panel.values() for value in points})
-        if len(values) > 2 and values[0] > 0 and values[-1] / values[0] >= 4:
+        if is_geometric(values):
             ax.set_xscale("log")
-        ax.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+        ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.set_xticks([], minor=True)
         ax.set(xlabel=name)
         ax.grid(alpha=0.3)
-    axes[0].set(ylabel=f"test {metric}{',' if unit else ''}{unit}")
+    figure.axes[0].set(ylabel=f"test {name_of(metric)}")
+    results = [final for panel in shown.values() for points in panel.values() for final in points.values()]
+    set_scale(figure.axes[0], metric, [value for value, _ in results])
     figure.suptitle(title)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    names = [name for name in places if name in handles]
+    columns = max(1, int(width / (INCHES_PER_CHARACTER * max(map(len, names)) + 0.7)))
+    lines = math.ceil(len(names) / columns)
+    figure.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=math.ceil(len(names) / lines),
+        fontsize="small",
+        handlelength=3,
+    )
     return figure
+
+
+def is_geometric(values: Sequence[float]) -> bool:
+    """Whether increasing values are spaced more evenly by their ratios than by their differences."""
+    if len(values) < 3 or values[0] <= 0:
+        return False
+    gaps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    ratios = [math.log(b / a) for a, b in zip(values, values[1:], strict=False)]
+    return pstdev(ratios) / mean(ratios) < pstdev(gaps) / mean(gaps)

@@ -80,7 +80,17 @@ def test_losses_are_drawn_where_there_is_no_accuracy(tmp_path: Path, figures: li
     assert 0 < low < 0.2 < 2 < high
 
 
-@pytest.mark.parametrize("content", ["", "step,train/loss_last_step\n50,1.5\n", "step,val/loss\n50,\n"])
+def test_distances_are_read_but_not_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    both = files(tmp_path, "step,val/loss,val/distance\n10,2.0,0.3\n20,0.2,0.4\n")
+    assert [point[:2] for point in read_curves(both)["val/distance"]] == [(10, 0.3), (20, 0.4)]
+    assert draw_curve(both, tmp_path / "curve.png")
+    (axes,) = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["loss"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "step,val/distance\n10,0.3\n", "step,train/loss_last_step\n50,1.5\n", "step,val/loss\n50,\n"]
+)
 def test_nothing_to_draw(content: str, tmp_path: Path) -> None:
     assert not draw_curve(files(tmp_path, content), tmp_path / "curve.png")
     assert not draw_curve([], tmp_path / "curve.png")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fomal.plots.compare import compare_figure
-from fomal.plots.runs import Method, Run, find_runs, flat_settings, mean_of, methods, read_run
-from fomal.plots.sweep import sweep_figure
+from fomal.plots.runs import Run, find_runs, flat_settings, mean_of, methods, read_run
 
 CURVE = "step,val/accuracy,val/accuracy_ci95\n100,0.5,0.02\n200,{last},0.01\n"
 
@@ -30,10 +29,22 @@ def make_run(folder: Path, settings: dict[str, Any], accuracy: float | None = 0.
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "metrics.csv").write_text(CURVE.format(last=last))
     if accuracy is not None:
-        metrics = {"test/accuracy": accuracy, "test/accuracy_ci95": 0.03}
-        results = {"tasks": 100, "metrics": metrics, "meta_iterations": 200, "config": settings}
-        (folder / "results.json").write_text(json.dumps(results))
+        make_test(folder, settings, accuracy, meta_iterations=200)
     return read_run(folder)
+
+
+def make_test(folder: Path, settings: dict[str, Any], accuracy: float, meta_iterations: int | None = None) -> Run:
+    """The results of a test, which knows nothing of the training's trainer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if meta_iterations:
+        settings = settings | {"trainer": {"max_steps": -1, "logger": False}}
+    metrics = {"test/accuracy": accuracy, "test/accuracy_ci95": 0.03}
+    results = {"tasks": 100, "metrics": metrics, "meta_iterations": meta_iterations, "config": settings}
+    (folder / "results.json").write_text(json.dumps(results))
+    return read_run(folder)
+
+
+# -- reading
 
 
 def test_a_run_is_read_with_its_settings_curve_and_results(tmp_path: Path) -> None:
@@ -41,61 +52,52 @@ def test_a_run_is_read_with_its_settings_curve_and_results(tmp_path: Path) -> No
     assert run.settings["model.rule"] == "FOMAML"
     assert run.settings["model.rule.tail_shots"] == 2
     assert run.settings["model.inner_steps"] == 5
+    assert run.settings["trainer.max_steps"] == 200
     assert run.curves == {"accuracy": [(100, 0.5, 0.02), (200, 0.6, 0.01)]}
     assert run.final == {"accuracy": (0.7, 0.03)}
     assert (run.tasks, run.meta_iterations) == (100, 200)
 
 
-def test_the_metrics_of_an_interrupted_run_come_first(tmp_path: Path) -> None:
+def test_the_metrics_of_interrupted_starts_come_first_in_their_order(tmp_path: Path) -> None:
     make_run(tmp_path / "a", config())
     (tmp_path / "a" / "metrics.csv").rename(tmp_path / "a" / "metrics_2.csv")
     (tmp_path / "a" / "metrics_10.csv").write_text(CURVE.format(last=0.8))
+    (tmp_path / "a" / "metrics_mine.csv").write_text(CURVE.format(last=0.1))  # no start of the run
     assert read_run(tmp_path / "a").curves["accuracy"][-1] == (200, 0.8, 0.01)
+    (tmp_path / "a" / "metrics.csv").write_text(CURVE.format(last=0.9))
+    assert read_run(tmp_path / "a").curves["accuracy"][-1] == (200, 0.9, 0.01)
 
 
-def test_labels_are_the_settings_that_differ(tmp_path: Path) -> None:
-    runs = [
-        make_run(tmp_path / "a", config(seed=1)),
-        make_run(tmp_path / "b", config(seed=1, steps=10)),
-        make_run(tmp_path / "c", config(seed=1, rule="FOMAML", tail_shots=2)),
-    ]
-    assert [method.label for method in methods(runs)] == [
-        "Reptile, inner_steps=5",
-        "Reptile, inner_steps=10",
-        "FOMAML, inner_steps=5, tail_shots=2",
-    ]
-    assert [method.label for method in methods(runs[:1])] == ["a"]  # nothing differs: the folder's name
+def test_a_network_tested_otherwise_than_trained_has_the_settings_of_its_test(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", config())
+    tested = config()
+    tested["data"]["init_args"]["shots"] = 5
+    settings = make_test(tmp_path / "a", tested, 0.8, meta_iterations=200).settings
+    assert (settings["data.shots"], settings["trainer.max_steps"]) == (5, 200)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> None:
-    one = make_run(tmp_path / "0", config(seed=0), accuracy=0.7, last=0.6)
-    two = make_run(tmp_path / "1", config(seed=1), accuracy=0.8, last=0.7)
-    (method,) = methods([one, two])
-    mean, ci = method.final("accuracy")
-    assert mean == pytest.approx(0.75)
-    assert ci == pytest.approx((0.03**2 + 0.03**2) ** 0.5 / 2)
-    assert method.curve("accuracy")[1] == (200, pytest.approx(0.65), pytest.approx(2**0.5 * 0.01 / 2))
-    assert mean_of([(1.0, 0.5)]) == (1.0, 0.5)
+def test_results_without_an_interval_or_a_value_are_not_a_number(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"tasks": 1, "metrics": {"test/loss": null, "test/loss_ci95": null}}')
+    assert all(map(math.isnan, read_run(tmp_path).final["loss"]))
 
 
-def test_a_method_has_a_final_figure_only_if_all_its_runs_have(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "0", config(seed=0)), make_run(tmp_path / "1", config(seed=1), accuracy=None)]
-    (method,) = methods(runs)
-    assert method.final("accuracy") is None
-    assert method.metrics() == ["accuracy"]
-
-
-def test_an_untrained_network_is_a_method_of_its_own(tmp_path: Path) -> None:
-    trained = make_run(tmp_path / "a", config())
-    results = {"tasks": 100, "metrics": {"test/accuracy": 0.2}, "meta_iterations": None, "config": config()}
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "results.json").write_text(json.dumps(results))
-    assert [method.label for method in methods([trained, read_run(tmp_path / "b")])] == ["a", "untrained"]
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.json", "{", "results.json is damaged: .*Test or train that run again, or leave it out"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("results.json", "[]", "results.json is not of a run of fomal"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path)
 
 
 def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
     make_run(tmp_path / "x" / "a", config())
-    make_run(tmp_path / "x" / "b", config())
+    make_test(tmp_path / "x" / "b", config(), 0.5)
     assert find_runs(tmp_path) == [tmp_path / "x" / "a", tmp_path / "x" / "b"]
     assert find_runs(tmp_path / "x" / "b") == [tmp_path / "x" / "b"]
     assert find_runs(tmp_path / "x" / "a" / "nothing") == []
@@ -108,31 +110,74 @@ def test_settings_without_classes_are_flat_too() -> None:
     }
 
 
-def test_the_figure_holds_curves_bands_and_results(tmp_path: Path) -> None:
-    found = [
-        Method("one", [make_run(tmp_path / "a", config())]),
-        Method("two", [make_run(tmp_path / "b", config(), accuracy=None)]),
-        Method("none", [Run(tmp_path, {}, final={"accuracy": (0.2, 0.01)})]),
+# -- grouping and labels
+
+
+def test_labels_are_the_settings_that_differ(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", config(seed=1)),
+        make_run(tmp_path / "b", config(seed=1, steps=10)),
+        make_run(tmp_path / "c", config(seed=2, rule="FOMAML", tail_shots=2)),
     ]
-    figure = compare_figure(found, "accuracy", "title")
-    (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert lines["one (test 70 ± 3 %)"].get_ydata() == pytest.approx([50, 60])
-    assert lines["two"].get_xdata() == pytest.approx([100, 200])
-    assert lines["none (test 20 ± 1 %)"].get_ydata() == pytest.approx([20, 20])
-    assert axes.collections[0].get_datalim(axes.transData).y1 == pytest.approx(61)  # the band
-    (result,) = axes.containers
-    assert result[0].get_ydata() == pytest.approx([70])
+    assert [method.label for method in methods(runs)] == [
+        "Reptile, inner_steps=5",
+        "Reptile, inner_steps=10",
+        "FOMAML, inner_steps=5, tail_shots=2",
+    ]
+    assert [method.label for method in methods(runs[1:])] == [
+        "Reptile, inner_steps=10",
+        "FOMAML, inner_steps=5, tail_shots=2",
+    ]
+    assert [method.label for method in methods(runs[:1])] == ["Reptile"]  # nothing differs
 
 
-def test_a_sweep_has_a_panel_for_each_setting_and_a_style_for_each_method() -> None:
-    panels = {
-        "inner steps": {"Reptile": {2: (0.5, 0.1), 8: (0.7, 0.1)}, "FOMAML": {2: (0.6, 0.1)}},
-        "step size": {"FOMAML": {0.1: (0.4, 0.1)}},
-    }
-    figure = sweep_figure(panels, "accuracy")
-    first, second = figure.axes
-    drawn = [[(c[0].get_xdata().tolist(), c[0].get_ydata().tolist()) for c in axes.containers] for axes in figure.axes]
-    assert drawn == [[([2, 8], [50, 70]), ([2], [60])], [([0.1], [40])]]
-    assert first.containers[1][0].get_color() == second.containers[0][0].get_color()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Reptile", "FOMAML"]
+def test_lists_and_numbers_are_short(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(w), config(rule="StepCombination", weights=w)) for w in ([1.0, 0.5], [1.0, 1.0])]
+    assert [method.label for method in methods(runs)] == ["weights=[1, 0.5]", "weights=[1, 1]"]
+
+
+def test_settings_of_the_same_last_name_are_written_out(tmp_path: Path) -> None:
+    settings = [config(), config()]
+    for value, one in enumerate(settings):
+        one["model"] |= {"inner": {"lr": 0.1 + value}, "outer": {"lr": 1 + value}}
+    runs = [make_run(tmp_path / str(i), one) for i, one in enumerate(settings)]
+    assert methods(runs)[1].label == "model.inner.lr=1.1, model.outer.lr=2"
+
+
+def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "0", config(seed=0), accuracy=0.7, last=0.6)
+    two = make_run(tmp_path / "1", config(seed=1), accuracy=0.8, last=0.7)
+    (method,) = methods([one, two])
+    mean, ci = method.final("accuracy")
+    assert mean == pytest.approx(0.75)
+    assert ci == pytest.approx(0.0212132, rel=1e-5)  # sqrt(0.03^2 + 0.03^2) / 2
+    assert method.curve("accuracy")[1] == (200, pytest.approx(0.65), pytest.approx(0.00707107, rel=1e-5))
+    assert mean_of([(1.0, 0.5)]) == (1.0, 0.5)
+    assert mean_of([(0.0, 0.3), (1.0, 0.4), (2.0, 1.2)]) == pytest.approx((1.0, 1.3 / 3))
+
+
+def test_curves_are_averaged_where_all_seeds_have_them(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), config(seed=seed)) for seed in (0, 1)]
+    del runs[0].curves["accuracy"][0]
+    assert [step for step, _, _ in methods(runs)[0].curve("accuracy")] == [200]
+
+
+def test_the_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, config(seed=seed)) for name, seed in (("a", 0), ("b", 1), ("c", 0))]
+    assert [(method.label, len(method.runs)) for method in methods(runs)] == [
+        (f"Reptile ({tmp_path / 'a'})", 2),
+        (f"Reptile ({tmp_path / 'c'})", 1),
+    ]
+
+
+def test_a_method_has_a_final_figure_only_if_all_its_runs_have(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "0", config(seed=0)), make_run(tmp_path / "1", config(seed=1), accuracy=None)]
+    (method,) = methods(runs)
+    assert method.final("accuracy") is None
+    assert method.metrics() == ["accuracy"]
+
+
+def test_an_untrained_network_is_a_method_of_its_own(tmp_path: Path) -> None:
+    trained = make_run(tmp_path / "a", config())
+    untrained = make_test(tmp_path / "b", config(), 0.2)
+    assert [method.label for method in methods([trained, untrained])] == ["Reptile", "untrained"]
