@@ -106,6 +106,13 @@ def test_resuming_equals_not_stopping(inner, tmp_path):
     trainer(4).fit(rest, datamodule=Blobs(**data), ckpt_path=tmp_path / "half.ckpt")
     assert first.global_step == 2
     assert_same(weights(rest), weights(whole))
+    assert rest.carried.keys() == whole.carried.keys()
+    for name, values in whole.carried.items():
+        assert_same(rest.carried[name], values)
+        if name == "shared":
+            assert values["steps"] == 4 * 3  # the noise goes on where it was
+        else:
+            assert set(values) == HEAD
 
 
 def test_patterns_are_those_of_file_names():
@@ -134,6 +141,10 @@ def test_the_command_line_takes_it_from_the_checkpoint(tmp_path, monkeypatch, fa
     assert "model.adapt is ['layers.3.*'] in the checkpoint" in fails(
         "test", "--ckpt_path", checkpoint, "--model.adapt", "[layers.1.*]"
     )
+    for change in (["--model.adapt", "[layers.1.*]"], ["--model.outer_parameters", "adapted"]):
+        message = fails("fit", "--ckpt_path", checkpoint, *change)
+        assert f"{change[0].removeprefix('--')} is" in message
+        assert "start a new run without --ckpt_path" in message
     message = fails("fit", "--config", "c.yaml", "--model.adapt", "[head.*]", code=1)
     assert message == (
         "adapt: 'head.*' matches no parameter; there are layers.1.weight, layers.1.bias, layers.3.weight, "

@@ -1,4 +1,5 @@
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fomal.random import below, distinct, permutations, philox, random_words, uniform
+from fomal.random import below, distinct, normal, permutations, philox, random_words, uniform
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,27 @@ def test_uniform_has_the_moments_of_the_uniform_distribution():
     n = u.numel()
     assert abs(u.mean() - 1.0) < 4 * (4 / 12**0.5) / n**0.5
     assert abs(u.var() - 16 / 12) < 0.02
+
+
+def test_normal_has_the_distribution_of_standard_normal_values():
+    values = normal(random_words(3, 0, torch.arange(20_000), 8))
+    x, n = values.flatten(), values.numel()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**power).mean() - moment) < 5 * (variance / n) ** 0.5
+    exact = torch.tensor([0.5 * math.erfc(-v / 2**0.5) for v in x.sort().values.tolist()], dtype=torch.float64)
+    empirical = torch.arange(n + 1, dtype=torch.float64) / n
+    distance = torch.maximum(empirical[1:] - exact, exact - empirical[:-1]).max()  # Kolmogorov's
+    assert distance < (math.log(2e6) / (2 * n)) ** 0.5  # exceeded once in 1e6, by Dvoretzky, Kiefer & Wolfowitz 1956
+    for power in (1, 2):  # a pair shares its radius, which must not show
+        correlations = torch.corrcoef((values**power).T) - torch.eye(8, dtype=torch.float64)
+        assert correlations.abs().max() < 5 / 20_000**0.5
+
+
+def test_normal_is_finite_for_every_word():
+    ends = torch.tensor([0, 2**32 - 1])
+    values = normal(torch.cartesian_prod(ends, ends))
+    assert values.isfinite().all()
+    assert values.abs().max() == pytest.approx((64 * math.log(2)) ** 0.5)  # of the smallest of 2**32 radii
 
 
 def test_below_reaches_every_value_equally_often():

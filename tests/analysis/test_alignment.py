@@ -10,7 +10,19 @@ from tests.conftest import classification_episode
 from tests.oracle import gradient_of
 
 
+class Scaled(torch.nn.Module):
+    """With a parameter that is a scalar."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network, self.scale = network, torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.network(x)
+
+
 def test_alignment_equals_a_double_loop_over_tasks(network):
+    network = Scaled(network)
     episode = classification_episode(tasks=5, shots=2, query=1)
     phi = tree.detach(dict(network.named_parameters()))
     both = []

@@ -15,10 +15,12 @@ def phi(network):
     return tree.detach(dict(network.named_parameters()))
 
 
-def noise(tasks: torch.Tensor, step: int = 0, size: int = 7, seed: int = 0) -> torch.Tensor:
+def noise(
+    tasks: torch.Tensor, step: int = 0, size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     """The displacement without a gradient, in units of its standard deviation: (T, size)."""
     optimizer = SGLD(LR, TEMPERATURE).for_tasks(seed, 0, tasks)
-    zero = {"a": torch.zeros(len(tasks), size, dtype=torch.float64)}
+    zero = {"a": torch.zeros(len(tasks), size, dtype=dtype)}
     state = {"shared": {"steps": torch.tensor(step)}}
     return optimizer.update(zero, state, zero)[0]["a"] / (2 * LR * TEMPERATURE) ** 0.5
 
@@ -46,6 +48,9 @@ def test_the_noise_is_the_episodes_own():
     all_four = noise(tasks)
     assert torch.equal(noise(tasks[[2, 0]]), all_four[[2, 0]])
     assert torch.equal(noise(tasks[3:]), all_four[3:])
+    single = noise(tasks, dtype=torch.float32)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), all_four, rtol=1e-6, atol=0)
 
 
 def test_a_displacement_has_the_mean_and_variance_of_langevins_equation(make_inner, episode, phi):
