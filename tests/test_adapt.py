@@ -12,7 +12,7 @@ from fomal.cli import main
 from fomal.inner import SGD, SGLD, Adam
 from fomal.models import Conv4
 from fomal.models.parameters import matching
-from fomal.outer import MAML, QueryFOMAML, Reptile
+from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile, StepCombination
 from tests.oracle import loss_of
 from tests.sine import tiny_model
 from tests.test_learner import Blobs, StopAfter, assert_same, blob_learner, trainer, weights
@@ -66,6 +66,15 @@ def test_adapting_the_head_equals_a_loop_with_torch_optim_over_the_head():
             optimizer.step()
         torch.testing.assert_close(end["head.weight"][t], head.weight.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(end["head.bias"][t], head.bias.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule", [Reptile(), FOMAML(), StepCombination([0, 1, 1])], ids=lambda rule: type(rule).__name__
+)
+@pytest.mark.filterwarnings("ignore:.*is made of the inner loop's displacements")
+def test_an_outer_optimiser_with_weight_decay_leaves_alone_what_displacements_do_not_reach(rule):
+    decay = {"outer_optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)}
+    assert moved(rule, adapt=["head.*"], **decay) == HEAD
 
 
 def test_evaluation_adapts_the_same_part():

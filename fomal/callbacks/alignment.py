@@ -21,8 +21,8 @@ class GradientAlignment(Callback):
 
     `alignment/within` is the mean inner product of the gradients of two disjoint mini-batches of one task,
     `alignment/between` that of different tasks; `..._cosine` is of their directions, `..._ci95` the half-width of a
-    95 % interval over tasks. Measured at the initialisation, after every validation. First-order rules raise the
-    first: it is the AvgGradInner term of Nichol et al. 2018, section 5.1.
+    95 % interval over tasks. Measured at the initialisation, over all trainable parameters. Rules of this package raise
+    the first: that is what their AvgGradInner term does (Nichol et al. 2018, section 5.1).
 
     Args:
         tasks: number of validation tasks.

@@ -166,7 +166,9 @@ def _classification_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def _regression_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    target, prediction = (outputs[name].flatten(2).tolist() for name in ("query_y", "predictions"))
+    target, prediction = (
+        outputs[name].reshape(*outputs[name].shape[:2], -1).tolist() for name in ("query_y", "predictions")
+    )
     return [
         {"episode": number, "query": q, "output": o, "target": target[t][q][o], "prediction": prediction[t][q][o]}
         for t, number in enumerate(outputs["number"].tolist())

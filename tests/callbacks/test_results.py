@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fomal
 from fomal.callbacks import PredictionsFile, ResultsFile
+from fomal.callbacks.results import _regression_rows
 from fomal.cli import main
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.inner import SGD
@@ -170,3 +171,12 @@ def test_regression_through_the_command_line(tmp_path: Path, capsys: pytest.Capt
         assert [row["target"] for row in queries] == pytest.approx(truth[number].flatten().tolist())
         losses.append(sum((row["target"] - row["prediction"]) ** 2 for row in queries) / 5)
     assert sum(losses) / TASKS == pytest.approx(results["metrics"]["test/loss"], rel=1e-5)
+
+
+def test_targets_may_be_without_an_axis_of_outputs() -> None:
+    outputs = {
+        "number": torch.tensor([7]),
+        "query_y": torch.tensor([[1.0, 2.0]]),
+        "predictions": torch.tensor([[3.0, 4.0]]),
+    }
+    assert [tuple(row.values()) for row in _regression_rows(outputs)] == [(7, 0, 0, 1.0, 3.0), (7, 1, 0, 2.0, 4.0)]
