@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fomal import tree
 from fomal.analysis.problem import Problem
 from fomal.analysis.taylor import geometric, leading_terms, residuals, slope
+from fomal.data.episode import Episode
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.inner.objective import Objective
 from fomal.models import MLP
@@ -37,6 +39,20 @@ def smooth_problem(tasks: int = 3, hidden: int = 8) -> Problem:
 def test_the_residual_falls_with_the_square_of_the_inner_step_size(rule: OuterRule) -> None:
     alphas = geometric(1e-6, 1e-3, 10)  # three decades
     assert slope(alphas, residuals(smooth_problem(), rule, alphas)) == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize("rule", [Reptile(), MAML(), BinomialMAML(1)], ids=["Reptile", "MAML", "binomial"])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_convolutions_with_batch_norm_obey_it_too(
+    rule: OuterRule, vectorize: bool, network: nn.Module, episode: Episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "relu", torch.tanh)  # the expansion is of smooth losses
+    phi = tree.detach(dict(network.named_parameters()))
+    problem = Problem.draw(Objective(network, vectorize), phi, episode, BATCHES, 6)
+    alphas = geometric(1e-5, 1e-3, 5)
+    assert slope(alphas, residuals(problem, rule, alphas)) == pytest.approx(2, abs=0.02)
+    products = problem.hessian_products(problem.gradients())
+    assert not any(product.requires_grad for product in products.values())
 
 
 @pytest.mark.parametrize("change", ["without the second term", "with a wrong second term", "with a wrong first term"])
