@@ -14,7 +14,7 @@ from rich.table import Table
 from fomal.cli.arguments import Arguments
 from fomal.cli.errors import UsageError, did_you_mean
 from fomal.plots.compare import compare_figure, name_of, scale_of
-from fomal.plots.runs import Method, Run, find_runs, methods, read_run
+from fomal.plots.runs import Method, Run, differing_settings, find_runs, methods, read_run
 
 # Files of a run that a table beside a figure of the same name would replace.
 _OF_A_RUN = ("metrics", "predictions")
@@ -48,6 +48,10 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     save(compare_figure(found, metric), given.out)
     write_rows(table, [{"label": method.label} | row for method in found for row in rows(method)])
     print_table(found)
+    differing = differing_settings([method.runs for method in found])
+    differing = [key for key in differing if key.rpartition(".")[0] not in differing]  # another class says it all
+    if differing and not given.labels:
+        print(f"The methods differ in {', '.join(differing)}; labels name the fewest that tell them apart.")
     print(f"The figure is {given.out}, the table {table}.")
     return found
 
@@ -139,13 +143,13 @@ def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
 def print_table(found: Sequence[Method], title: str | None = None) -> None:
     """Print the test results of each method, means over its seeds."""
     table = Table(title=title, caption=CAPTION)
-    table.add_column("method", overflow="fold")
+    table.add_column("method", min_width=12, overflow="fold")
     for column in ("seeds", "meta-\niterations", "tasks"):
         table.add_column(column, justify="right")
     names = dict.fromkeys(name for method in found for run in method.runs for name in run.final)
     for name in names:
         heading = name_of(name).replace(" ", "\n", name.count("_"))
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for method in found:
         trained = sorted({run.meta_iterations for run in method.runs if run.meta_iterations is not None})
         tasks = sum(run.tasks for run in method.runs)

@@ -180,18 +180,22 @@ def methods(runs: Sequence[Run]) -> list[Method]:
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What distinguishes each group of runs from the others, in words, with the folder where that is not enough."""
+    """Each group of runs by the fewest settings that tell them apart, with the folder where that is not enough."""
     all_settings = [group[0].settings for group in groups]
-    keys = dict.fromkeys(key for settings in all_settings for key in settings if not _is_ignored(key))
-    differing = [key for key in keys if len({json.dumps(s.get(key), default=str) for s in all_settings}) > 1]
+    differing = differing_settings(groups)
+    keys = dict.fromkeys(key for settings in all_settings for key in settings)
     classes = [k for k in differing if k == "model.rule" or any(other.startswith(f"{k}.") for other in keys)]
-    values = [key for key in differing if key not in classes]
-    leaves = [key.rpartition(".")[2] for key in values]
-    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(values, leaves, strict=True)}
+    classes.sort(key=lambda key: key != "model.rule")
+    chosen: list[str] = []
+    for key in [*classes, *(key for key in differing if key not in classes)]:
+        if _distinct(all_settings, [*chosen, key]) > _distinct(all_settings, chosen):
+            chosen.append(key)
+    leaves = [key.rpartition(".")[2] for key in differing]
     found = []
     for group, settings in zip(groups, all_settings, strict=True):
-        parts = [str(settings[key]) for key in classes if settings.get(key) is not None]
-        parts += [f"{names[key]}={_text(settings[key])}" for key in values if settings.get(key) is not None]
+        names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(differing, leaves, strict=True)}
+        there = [key for key in chosen if settings.get(key) is not None]
+        parts = [str(settings[k]) if k in classes else f"{names[k]}={_text(settings[k])}" for k in there]
         if group[0].is_untrained:
             parts.append("untrained")
         found.append(", ".join(parts) or str(settings.get("model.rule", group[0].folder.name)))
@@ -199,6 +203,17 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         label if found.count(label) == 1 else f"{label} ({group[0].folder})"
         for label, group in zip(found, groups, strict=True)
     ]
+
+
+def differing_settings(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Short keys of the settings in which groups of runs differ, those that make no other method left out."""
+    all_settings = [group[0].settings for group in groups]
+    keys = dict.fromkeys(key for settings in all_settings for key in settings if not _is_ignored(key))
+    return [key for key in keys if _distinct(all_settings, [key]) > 1]
+
+
+def _distinct(all_settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    return len({json.dumps([settings.get(key) for key in keys], default=str) for settings in all_settings})
 
 
 def _seed(run: Run) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fomal.plots.runs import Run, find_runs, flat_settings, mean_of, methods, read_run
+from fomal.plots.runs import Run, differing_settings, find_runs, flat_settings, mean_of, methods, read_run
 
 CURVE = "step,val/accuracy,val/accuracy_ci95\n100,0.5,0.02\n200,{last},0.01\n"
 
@@ -122,12 +122,9 @@ def test_labels_are_the_settings_that_differ(tmp_path: Path) -> None:
     assert [method.label for method in methods(runs)] == [
         "Reptile, inner_steps=5",
         "Reptile, inner_steps=10",
-        "FOMAML, inner_steps=5, tail_shots=2",
+        "FOMAML, inner_steps=5",
     ]
-    assert [method.label for method in methods(runs[1:])] == [
-        "Reptile, inner_steps=10",
-        "FOMAML, inner_steps=5, tail_shots=2",
-    ]
+    assert [method.label for method in methods(runs[1:])] == ["Reptile", "FOMAML"]  # that is enough
     assert [method.label for method in methods(runs[:1])] == ["Reptile"]  # nothing differs
 
 
@@ -138,10 +135,19 @@ def test_lists_and_numbers_are_short(tmp_path: Path) -> None:
 
 def test_settings_of_the_same_last_name_are_written_out(tmp_path: Path) -> None:
     settings = [config(), config()]
-    for value, one in enumerate(settings):
-        one["model"] |= {"inner": {"lr": 0.1 + value}, "outer": {"lr": 1 + value}}
+    settings.append(config())
+    for one, (inner, outer) in zip(settings, ((0.1, 1), (1.1, 1), (1.1, 2)), strict=True):
+        one["model"] |= {"inner": {"lr": inner}, "outer": {"lr": outer}}
     runs = [make_run(tmp_path / str(i), one) for i, one in enumerate(settings)]
-    assert methods(runs)[1].label == "model.inner.lr=1.1, model.outer.lr=2"
+    assert methods(runs)[2].label == "model.inner.lr=1.1, model.outer.lr=2"
+
+
+def test_labels_are_no_longer_than_they_need_be(tmp_path: Path) -> None:
+    settings = [config(), config(rule="FOMAML", steps=7, tail_shots=2)]
+    runs = [make_run(tmp_path / str(i), one) for i, one in enumerate(settings)]
+    assert [method.label for method in methods(runs)] == ["Reptile", "FOMAML"]
+    differing = differing_settings([[run] for run in runs])
+    assert set(differing) == {"model.rule", "model.rule.tail_shots", "model.inner_steps"}
 
 
 def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> None:
