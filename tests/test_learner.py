@@ -20,16 +20,14 @@ class Blobs(ImageDataModule):
     """Random images: each class has a pattern of its own, each image noise on it."""
 
     def __init__(self, **settings):
-        super().__init__(**{"ways": 3, "shots": 2, "train_shots": 4, "meta_batch_size": 4, **settings})
+        super().__init__(**{"ways": 3, "shots": 2, "train_shots": 4, "meta_batch_size": 4, "rotations": True, **settings})
 
-    def setup(self, stage):
+    def load(self):
         generator = torch.Generator().manual_seed(0)
         pattern = torch.rand(12, 1, 1, 9, 9, generator=generator)
         noise = torch.rand(12, 8, 1, 9, 9, generator=generator)
         images = ((0.7 * pattern + 0.3 * noise) * 255).to(torch.uint8).flatten(0, 1)
-        classes = ClassImages(images, torch.arange(12) * 8, torch.full((12,), 8), torch.zeros(12, dtype=torch.int64))
-        self.classes = {"train": classes.rotated(), "val": classes, "test": classes}
-        self.check_sizes()
+        return dict.fromkeys(("train", "val", "test"), ClassImages.of(images, torch.full((12,), 8)))
 
     def preprocess(self, x):
         return x.float() / 255

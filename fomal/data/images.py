@@ -1,72 +1,124 @@
-"""Classification tasks from images held in memory, grouped by class."""
+"""Classification tasks from images grouped by class."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomal.checks import positive
+from fomal.data.augment import Drawn, Turned, Variant, augmented
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
-from fomal.data.sampler import choose
+from fomal.data.image_format import ImageFormat
+from fomal.data.sampler import augment_words, choose
+from fomal.data.store import Decoding
 
 
 class ClassImages(NamedTuple):
-    """K classes over N images; several classes may be rotations of the same images.
+    """K classes over N images; several classes may be variants of the same images, e.g. turned.
 
     Attributes:
-        images: (N, C, H, W) uint8.
-        first: (K,) int64, where the images of each class begin.
-        counts: (K,) int64, how many there are; they follow each other.
-        turns: (K,) int64, by how many quarter turns, counter-clockwise, the images of a class are rotated.
+        images: (N, C, H, W) uint8, in memory, memory-mapped, or decoded when they are asked for.
+        rows: (M,) int64, the places in `images` of one class's images after the other's.
+        first: (K,) int64, where in `rows` each class begins.
+        counts: (K,) int64, how many images it has.
+        variant: (K,) int64, 0 for the images as they are, else 1 + a place in `variants`.
+        variants: what is done to them.
     """
 
-    images: Tensor
+    images: Tensor | Decoding
+    rows: Tensor
     first: Tensor
     counts: Tensor
-    turns: Tensor
+    variant: Tensor
+    variants: tuple[Variant, ...] = ()
+
+    @classmethod
+    def of(cls, images: Tensor | Decoding, counts: Tensor, rows: Tensor | None = None) -> ClassImages:
+        """Classes with `counts` (K,) images each, which follow each other in `rows`, or else in `images`."""
+        rows = torch.arange(images.shape[0]) if rows is None else rows
+        return cls(images, rows, counts.cumsum(0) - counts, counts, torch.zeros_like(counts))
 
     def select(self, classes: Tensor) -> ClassImages:
         """The same images with only the given classes (an int64 index into the K classes)."""
-        return ClassImages(self.images, self.first[classes], self.counts[classes], self.turns[classes])
+        first, counts, variant = (t[classes] for t in (self.first, self.counts, self.variant))
+        return self._replace(first=first, counts=counts, variant=variant)
 
-    def rotated(self) -> ClassImages:
-        """Four classes for each class: turned by 0, 90, 180 and 270 degrees."""
-        first, counts = (t.repeat_interleave(4) for t in (self.first, self.counts))
-        turns = (self.turns[:, None] + torch.arange(4)).flatten() % 4
-        return ClassImages(self.images, first, counts, turns)
+    def varied(self, variants: Sequence[Variant]) -> ClassImages:
+        """1 + V classes for each class: as it is, and in each of V variants. Of classes that have none yet."""
+        each = 1 + len(variants)
+        first, counts = (t.repeat_interleave(each) for t in (self.first, self.counts))
+        variant = torch.arange(each).repeat(len(self.first))
+        return self._replace(first=first, counts=counts, variant=variant, variants=tuple(variants))
 
     def take(self, classes: Tensor, members: Tensor) -> Tensor:
-        """Images `members` (T, W, M) of `classes` (T, W), turned as the classes ask: (T, W, M, C, H, W) uint8."""
-        index = self.first[classes][..., None] + members  # (T, W, M)
+        """Images `members` (T, W, M) of `classes` (T, W), varied as the classes ask: (T, W, M, C, H, W) uint8."""
+        index = self.rows[self.first[classes][..., None] + members]  # (T, W, M)
         x = self.images[index.flatten()].view(*index.shape, *self.images.shape[1:])  # (T, W, M, C, H, W)
-        turns = self.turns[classes]  # (T, W)
-        if not turns.any():
-            return x
-        height, width = x.shape[-2:]
-        grid = torch.arange(height * width).view(height, width)
-        table = torch.stack([grid.rot90(k).flatten() for k in range(4)])  # (4, H W): pixel that lands here
-        order = table[turns][:, :, None, None, :].expand(*x.shape[:4], -1)  # (T, W, M, C, H W)
-        return x.flatten(-2).gather(-1, order).view(x.shape)
+        wanted = self.variant[classes]  # (T, W)
+        for number, variant in enumerate(self.variants, 1):
+            here = wanted == number  # (T, W)
+            if here.any():
+                x[here] = variant(x[here])
+        return x
 
 
 class ImageDataModule(EpisodeDataModule):
-    """N-way K-shot tasks from a `ClassImages` per split, which a dataset puts into `self.classes` in `setup`.
+    """N-way K-shot tasks from images, which a data set gives in `load`.
 
     Args:
         ways: classes per task.
+        rotations: each training class turned by 0, 90, 180 and 270 degrees makes four classes.
+        new_classes: transforms, e.g. of torchvision's v2, each of which makes a further class of each training class;
+            a random one draws once and for all.
+        class_transforms: transforms of training images, drawn for each class of a task.
+        image_transforms: transforms of training images, drawn for each image of a task, thereafter.
         kwargs: see `EpisodeDataModule`.
+
+    Attributes:
+        classes: the classes of each split, after `setup`.
+        image_format: how a user's own image files become such images; None where files mean nothing.
     """
 
     classes: dict[str, ClassImages]
+    image_format: ImageFormat | None = None
 
-    def __init__(self, ways: int = 5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ways: int = 5,
+        rotations: bool = False,
+        new_classes: list[nn.Module] | None = None,
+        class_transforms: list[nn.Module] | None = None,
+        image_transforms: list[nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         positive(ways=ways)
         self.ways = ways
+        self.rotations = rotations
+        self.new_classes = new_classes or []
+        self.class_transforms = class_transforms or []
+        self.image_transforms = image_transforms or []
         self.classes = {}
+
+    @abstractmethod
+    def load(self) -> dict[str, ClassImages]:
+        """The classes of each split."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load all splits, whatever the `stage`; cheap when they are loaded already."""
+        if not self.classes:
+            classes = self.load()
+            variants: list[Variant] = [Turned(turns) for turns in (1, 2, 3)] if self.rotations else []
+            variants += [Drawn(transform, place) for place, transform in enumerate(self.new_classes)]
+            if variants and "train" in classes:
+                classes["train"] = classes["train"].varied(variants)
+            self.classes = classes
+        self.check_sizes()
 
     def check_sizes(self) -> None:
         """Raise ValueError unless every split has enough classes, and every class enough images, for a task."""
@@ -84,13 +136,23 @@ class ImageDataModule(EpisodeDataModule):
                     f"{names[0]}={support} plus {names[1]}={query} exceeds the {smallest} images that the smallest "
                     f"class of the {split} split has: use at most {smallest} together."
                 )
+            height, width = classes.images.shape[-2:]
+            if self.rotations and height != width:
+                raise ValueError(f"rotations=True needs square images, not {height} x {width}: leave it out.")
 
     def episodes(self, split: str, number: Tensor) -> Episode:
         """Tasks `number` of a split; images stay uint8 until `preprocess`."""
-        place, classes = split_index(split), self.classes[split]
+        place = split_index(split)
+        if split not in self.classes:
+            raise ValueError(f"the data have no {split} classes, only those of {', '.join(self.classes)}: add some.")
+        classes = self.classes[split]
         shots, query_shots = self.examples(split)
         chosen, members = choose(self.seed, place, number, classes.counts, self.ways, shots + query_shots)
         x = classes.take(chosen, members)  # (T, W, K + Q, C, H, W)
+        if split == "train" and (self.class_transforms or self.image_transforms):
+            words = augment_words(self.seed, place, number, self.ways * (1 + shots + query_shots))
+            words = words.view(len(number), self.ways, -1)  # (T, W, 1 + K + Q)
+            x = augmented(x, words, self.class_transforms, self.image_transforms)
         label = torch.arange(self.ways)
         return Episode(
             support_x=x[:, :, :shots].flatten(1, 2),
@@ -102,3 +164,9 @@ class ImageDataModule(EpisodeDataModule):
             seed=self.seed,
             split=place,
         )
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Pixels uint8 to the float32 values that `image_format` makes of them."""
+        if self.image_format is None:
+            raise NotImplementedError(f"{type(self).__name__} must set image_format or override preprocess.")
+        return self.image_format.normalize(x)

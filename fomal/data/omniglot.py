@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fomal.checks import nonnegative, one_of, positive
+from fomal.data.image_format import ImageFormat
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.data.omniglot_files import PARTS, load_characters
 from fomal.data.sampler import shuffled
@@ -54,7 +55,7 @@ class OmniglotDataModule(ImageDataModule):
         partition_seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(rotations=rotations, **kwargs)
         positive(image_size=image_size, train_classes=train_classes)
         nonnegative(val_classes=val_classes, partition_seed=partition_seed)
         one_of(("random", "alphabet"), partition=partition)
@@ -62,29 +63,23 @@ class OmniglotDataModule(ImageDataModule):
         self.download = download
         self.cache_dir = cache_dir
         self.image_size = image_size
-        self.rotations = rotations
         self.partition = partition
         self.train_classes = train_classes
         self.val_classes = val_classes
         self.partition_seed = partition_seed
         self.characters = {}
+        self.image_format = ImageFormat(image_size, image_size, "binary", "stretch", "nearest")
 
     def prepare_data(self) -> None:
         """Download what is missing and build the cache file, once per machine."""
         load_characters(self.root, self.download, self.cache_dir, self.image_size)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load all splits, whatever the `stage`; cheap when they are loaded already."""
-        if not self.classes:
-            images, counts, names = load_characters(self.root, self.download, self.cache_dir, self.image_size)
-            everything = ClassImages(images, counts.cumsum(0) - counts, counts, torch.zeros_like(counts))
-            splits = self.split(names)
-            classes = {split: everything.select(chosen) for split, chosen in splits.items()}
-            if self.rotations:
-                classes["train"] = classes["train"].rotated()
-            self.characters = {split: [names[i] for i in chosen.tolist()] for split, chosen in splits.items()}
-            self.classes = classes
-        self.check_sizes()
+    def load(self) -> dict[str, ClassImages]:
+        """The characters of each split."""
+        images, counts, names = load_characters(self.root, self.download, self.cache_dir, self.image_size)
+        everything, splits = ClassImages.of(images, counts), self.split(names)
+        self.characters = {split: [names[i] for i in chosen.tolist()] for split, chosen in splits.items()}
+        return {split: everything.select(chosen) for split, chosen in splits.items()}
 
     def split(self, names: list[str]) -> dict[str, Tensor]:
         """Which of the characters `names` each split has: int64 indices, a pure function of the arguments."""

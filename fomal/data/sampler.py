@@ -13,7 +13,7 @@ from fomal.random import distinct, permutations, random_words
 SPLITS = ("train", "val", "test")
 
 # Streams keep the choices of one episode independent of each other: stream = 16 * split + purpose.
-_CLASSES, _EXAMPLES, _BATCHES, _VALUES, _SHUFFLE, _NOISE = range(6)
+_CLASSES, _EXAMPLES, _BATCHES, _VALUES, _SHUFFLE, _NOISE, _AUGMENT = range(7)
 
 Plan = tuple[Tensor, ...]
 """An inner schedule: for each inner step, int64 indices (T, B) into the S support examples of each task."""
@@ -56,6 +56,11 @@ def task_words(seed: int, split: int, number: Tensor, draws: int) -> Tensor:
 def noise_words(seed: int, split: int, number: Tensor, step: Tensor, draws: int) -> Tensor:
     """(T, draws) 32-bit words for the noise of inner step `step`, an int64 scalar below 2**24, of each task."""
     return random_words(seed, _stream(split, _NOISE) + 256 * (step % 2**24), number, draws)
+
+
+def augment_words(seed: int, split: int, number: Tensor, draws: int) -> Tensor:
+    """(T, draws) 32-bit words, seeds of the random transforms of each task's images."""
+    return random_words(seed, _stream(split, _AUGMENT), number, draws)
 
 
 def shuffled(seed: int, n: int) -> Tensor:

@@ -34,10 +34,9 @@ TASKS, WAYS, QUERIES = 7, 3, 2
 class RandomImages(ImageDataModule):
     """Eight classes of five random images."""
 
-    def setup(self, stage: str) -> None:
+    def load(self) -> dict[str, ClassImages]:
         images = torch.randint(0, 256, (40, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        classes = ClassImages(images, torch.arange(0, 40, 5), torch.full((8,), 5), torch.zeros(8, dtype=torch.int64))
-        self.classes = dict.fromkeys(("train", "val", "test"), classes)
+        return dict.fromkeys(("train", "val", "test"), ClassImages.of(images, torch.full((8,), 5)))
 
     def preprocess(self, x: Tensor) -> Tensor:
         return x.float() / 255

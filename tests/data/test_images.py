@@ -1,17 +1,18 @@
 import pytest
 import torch
 
+from fomal.data.augment import Turned
 from fomal.data.images import ClassImages, ImageDataModule
 
 
 @pytest.fixture
 def classes():
     images = torch.randint(0, 256, (13, 2, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return ClassImages(images, torch.tensor([0, 5, 9]), torch.tensor([5, 4, 4]), torch.zeros(3, dtype=torch.int64))
+    return ClassImages.of(images, torch.tensor([5, 4, 4]))
 
 
 def test_take_gathers_and_turns_as_rot90_does(classes):
-    turned = classes.rotated()
+    turned = classes.varied([Turned(k) for k in (1, 2, 3)])
     assert len(turned.first) == 12
     chosen, members = torch.tensor([[1, 7, 10], [0, 3, 8]]), torch.tensor([[[0, 3], [1, 1], [2, 0]]] * 2)
     taken = turned.take(chosen, members)

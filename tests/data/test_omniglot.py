@@ -275,7 +275,7 @@ def test_val_classes_come_from_training(tiny_folders: Path, cache_dir: Path) -> 
 def test_rotations(tiny_folders: Path, cache_dir: Path) -> None:
     turned, upright = (tiny(tiny_folders, cache_dir, rotations=r).classes for r in (True, False))
     for split in ("val", "test"):
-        assert not turned[split].turns.any()
+        assert not turned[split].variant.any()
         assert torch.equal(turned[split].first, upright[split].first)
     assert len(turned["train"].first) == 4 * len(upright["train"].first) == 32
     members = torch.arange(DRAWINGS).expand(1, 1, -1)

@@ -1,0 +1,175 @@
+"""From the content of an image file to the pixels a network sees: the same for training and for a user's own images."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fomal.checks import one_of, positive
+from fomal.data.source import Content
+
+Color = Literal["rgb", "gray", "binary"]
+Fit = Literal["crop", "stretch", "pad"]
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+_RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+_MODES = {"rgb": "RGB", "gray": "L", "binary": "L"}
+_KINDS = {  # what content a name promises
+    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),
+    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
+    **dict.fromkeys((".pbm", ".pgm", ".ppm"), ("PPM",)),
+    **{f".{kind.lower()}": (kind,) for kind in ("PNG", "BMP", "GIF", "WEBP")},
+}
+_FORMATS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
+_DRAFT = 2  # a JPEG may be decoded at a lower scale, as long as it is this many times the size wanted
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Size, colours and values of the network's images, and how files become such.
+
+    Grey, palette, 16-bit, CMYK and YCbCr images are converted; alpha is laid over `background`; an animation is its
+    first frame; a photograph is turned as its EXIF data say. 16 bits keep the upper 8.
+
+    Args:
+        height: of the images, in pixels.
+        width: likewise.
+        color: "rgb" has three channels, "gray" one, "binary" one of black and white alone, cut at 128.
+        fit: what to do with another aspect ratio: "crop" keeps the centre, "stretch" distorts, "pad" adds
+            `background`.
+        resample: how sizes are changed; "binary" can be "nearest" alone.
+        background: grey level 0 to 255 below transparent and beside padded images.
+        max_pixels: files with more are refused before they are decoded.
+        mean: subtracted from values in [0, 1], one for each channel or one for all.
+        std: what they are divided by then, likewise.
+
+    Raises:
+        ValueError: for a setting that is none of these.
+    """
+
+    height: int
+    width: int
+    color: Color = "rgb"
+    fit: Fit = "crop"
+    resample: Resample = "bilinear"
+    background: int = 255
+    max_pixels: int = 50_000_000
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        positive(height=self.height, width=self.width, max_pixels=self.max_pixels)
+        one_of(_MODES, color=self.color)
+        one_of(("crop", "stretch", "pad"), fit=self.fit)
+        one_of(_RESAMPLE, resample=self.resample)
+        if self.color == "binary" and self.resample != "nearest":
+            raise ValueError(f"resample={self.resample!r} makes greys of color='binary': use resample: nearest.")
+        if not 0 <= self.background <= 255:
+            raise ValueError(f"background={self.background} is no grey level: use 0 (black) to 255 (white).")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"{name}={list(values)} has {len(values)} values for {self.channels} channels: "
+                    f"give one for each channel, or one for all."
+                )
+        if not min(self.std) > 0:
+            raise ValueError(f"std={list(self.std)} must be positive.")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return 3 if self.color == "rgb" else 1
+
+    def decode(self, content: Content | Image.Image, name: str = "") -> NDArray[np.uint8]:
+        """An image as (C, H, W) uint8, 0 to 255.
+
+        Args:
+            content: a file's bytes, an array (H, W), (H, W, 1) or (H, W, 3) uint8, or an image of Pillow's.
+            name: the file's name; its suffix must promise what the content is. Empty promises nothing.
+
+        Raises:
+            ValueError: it is no whole image of a known kind, is not of the kind its name promises, or is too large;
+                says the reason alone, without the name.
+        """
+        if isinstance(content, np.ndarray):
+            content = Image.fromarray(content.squeeze(-1) if content.shape[-1:] == (1,) else content)
+        if isinstance(content, Image.Image):
+            return self._pixels(content)
+        try:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                self._check(image, name)
+                wanted = _DRAFT * max(self.height, self.width)
+                image.draft(None, (wanted, wanted))  # None keeps the mode; of JPEG alone
+                return self._pixels(image)
+        except _Refused as error:
+            raise ValueError(str(error)) from None
+        except UnidentifiedImageError:
+            raise ValueError(f"no image of a known kind ({', '.join(_FORMATS)})") from None
+        except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, struct.error
+            raise ValueError(f"damaged: {error}") from error
+
+    def _check(self, image: Image.Image, name: str) -> None:
+        width, height = image.size
+        if width * height > self.max_pixels:
+            raise _Refused(f"{width} x {height} pixels, more than max_pixels={self.max_pixels}")
+        promised = _KINDS.get(PurePosixPath(name).suffix.lower())
+        if promised and image.format not in promised:
+            raise _Refused(f"holds {image.format}, not {promised[0]} as its name says: rename it")
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _converted(image, _MODES[self.color], self.background)
+        if self.color == "binary":
+            image = image.point(lambda v: 255 * (v >= 128))
+        image = self._resized(image)
+        pixels = np.asarray(image)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        size, how = (self.width, self.height), _RESAMPLE[self.resample]
+        if image.size == size:
+            return image
+        if self.fit == "crop":
+            return ImageOps.fit(image, size, how)
+        if self.fit == "pad":
+            return ImageOps.pad(
+                image, size, how, color=(self.background,) * 3 if self.channels == 3 else self.background
+            )
+        return image.resize(size, how)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Pixels (..., C, H, W) uint8 to float32: values / 255, minus `mean`, divided by `std`."""
+        y = x.to(torch.float32) / 255
+        if any(self.mean) or set(self.std) != {1.0}:
+            mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+            y = (y - mean) / std
+        return y
+
+
+class _Refused(Exception):
+    """An image that could be decoded, but must not be."""
+
+
+def _converted(image: Image.Image, mode: str, background: int) -> Image.Image:
+    """An image of any mode as RGB or L."""
+    if image.mode == "F":
+        raise _Refused("floating-point pixels, whose range is not defined: store 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise _Refused("pixels of more than 16 bits: store 8 or 16")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, (background, background, background, 255))
+        image = Image.alpha_composite(below, image).convert("RGB")
+    return image if image.mode == mode else image.convert("RGB").convert(mode)

@@ -1,0 +1,216 @@
+"""Named image files in a folder, a zip or arrays; nothing is ever extracted, and hostile zips are refused."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm"))
+LARGEST_RATIO = 100
+"""How many times its compressed size a member of a zip may have; images hardly compress."""
+_SMALL = 2**20  # bytes; a member no larger than this is no bomb, whatever its ratio: drawings do compress
+_NOT_DATA = ("__MACOSX",)  # what macOS puts beside the files of a zip
+
+Content = bytes | NDArray[np.uint8]
+"""A file's bytes, or an image as an array (H, W, C)."""
+
+
+class Source(ABC):
+    """Files by name: paths relative to the source's root, with forward slashes.
+
+    Attributes:
+        where: what to call the source in messages.
+        names: sorted names of all files, hidden ones left out.
+        folders: sorted names of all folders below the root.
+    """
+
+    where: str
+    names: list[str]
+    folders: list[str]
+
+    @abstractmethod
+    def read(self, name: str) -> Content:
+        """The content of a file.
+
+        Raises:
+            OSError, zipfile.BadZipFile: it cannot be read.
+        """
+
+    @abstractmethod
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Numbers that change when the file does, without opening it."""
+
+    @property
+    def images(self) -> list[str]:
+        """The files with the suffix of an image."""
+        return [name for name in self.names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+
+
+class FolderSource(Source):
+    """A folder; links in it are followed, as far as they do not run in circles."""
+
+    def __init__(self, root: Path) -> None:
+        self.where = str(root)
+        self.root = root
+        self.names, self.folders = [], []
+        seen: set[tuple[int, int]] = set()
+        for path, folders, files in os.walk(root, followlinks=True):
+            about = os.stat(path)
+            if (about.st_dev, about.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            folders[:] = [name for name in folders if not _is_hidden(name)]
+            place = Path(path).relative_to(root)
+            self.folders += [(place / name).as_posix() for name in folders]
+            self.names += [(place / name).as_posix() for name in files if not _is_hidden(name)]
+        self.names.sort()
+        self.folders.sort()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        return (self.root / name).read_bytes()
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Size and time of change; of a link to nowhere zeros."""
+        try:
+            about = (self.root / name).stat()
+        except OSError:
+            return 0, 0  # reading it fails later, by name
+        return about.st_size, about.st_mtime_ns
+
+
+class ZipSource(Source):
+    """A zip, read member by member into memory.
+
+    Raises:
+        ValueError: it is no readable zip, or has a member with a name that leaves the root, a link, an encrypted
+            member, two members of one name, or one larger than `LARGEST_RATIO` times its compressed size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where = str(path)
+        self.path = path
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            members = self._zip().infolist()
+        except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
+            raise ValueError(f"root={str(path)!r} is not a readable zip ({error}): fetch or make it anew.") from error
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        folders: set[str] = set()
+        for member in members:
+            _refuse(member, path)
+            name = member.filename.rstrip("/")
+            if any(map(_is_hidden, name.split("/"))):
+                continue
+            if member.is_dir():
+                folders.add(name)
+                continue
+            if name in self._members:
+                raise ValueError(f"root={str(path)!r} has two members {name!r}: make the zip anew, with one of them.")
+            self._members[name] = member
+            folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
+        self.names = sorted(self._members)
+        self.folders = sorted(folders)
+
+    def _zip(self) -> zipfile.ZipFile:
+        """The open zip; each process has its own, since a forked file shares its position."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = os.getpid(), zipfile.ZipFile(self.path)
+        return self._open[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": None}
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a member, at most as many as it claims to have."""
+        member = self._members[name]
+        try:
+            with self._zip().open(member) as file:
+                return file.read(member.file_size)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise OSError(f"damaged in the zip: {error}") from error
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Size and checksum."""
+        return self._members[name].file_size, self._members[name].CRC
+
+
+class ArraySource(Source):
+    """Images that a data set's own format holds as arrays.
+
+    Args:
+        where: what to call the source in messages.
+        names: a name for each image.
+        load: gives the arrays (N, H, W, C) uint8, in the order of the names; called when the first is read.
+        stamp: numbers that change when the file behind the arrays does.
+    """
+
+    def __init__(
+        self, where: str, names: list[str], load: Callable[[], NDArray[np.uint8]], stamp: tuple[int, int]
+    ) -> None:
+        self.where = where
+        self.names, self.folders = names, sorted({name.rpartition("/")[0] for name in names})
+        self._place = {name: i for i, name in enumerate(names)}
+        self._load, self._stamp = load, stamp
+        self._arrays: NDArray[np.uint8] | None = None
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The image as an array (H, W, C)."""
+        if self._arrays is None:
+            self._arrays = self._load()
+        array: NDArray[np.uint8] = self._arrays[self._place[name]]
+        return array
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """That of the file they come from."""
+        return self._stamp
+
+    @property
+    def images(self) -> list[str]:
+        """All of them."""
+        return self.names
+
+
+def open_source(root: str) -> Source:
+    """The files of a folder or a zip.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: the zip is damaged or hostile.
+    """
+    path = Path(root).expanduser()
+    if path.is_dir():
+        return FolderSource(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"root={root!r} does not exist: set data.root to a folder or a zip with the images.")
+    return ZipSource(path)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NOT_DATA
+
+
+def _refuse(member: zipfile.ZipInfo, path: Path) -> None:
+    """Raise ValueError for a member that no honest zip of images has."""
+    name, wrong = member.orig_filename, ""
+    if name.startswith(("/", "\\")) or ":" in name.partition("/")[0] or "\\" in name or "\0" in name:
+        wrong = "has an absolute or a foreign path"
+    elif ".." in name.split("/"):
+        wrong = "leaves the zip's root"
+    elif stat.S_ISLNK(member.external_attr >> 16):
+        wrong = "is a link"
+    elif member.flag_bits & 1:
+        wrong = "is encrypted"
+    elif member.file_size > max(_SMALL, LARGEST_RATIO * member.compress_size):
+        ratio = member.file_size / max(member.compress_size, 1)
+        wrong = f"inflates to {ratio:.0f} times its size, more than {LARGEST_RATIO}"
+    if wrong:
+        raise ValueError(f"root={str(path)!r}: its member {name!r} {wrong}; nothing of this zip is used.")

@@ -1,0 +1,253 @@
+"""The pixels of many image files: decoded once into a memory-mapped cache, or anew whenever they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from fomal.data.cache import cache_folder, read_arrays, write_arrays
+from fomal.data.image_format import ImageFormat
+from fomal.data.source import Source
+
+T = TypeVar("T")
+
+_FORMAT = 1  # raise it when what is cached, or how it is made, changes
+_CHUNK = 256  # images decoded between two writes; bounds memory
+
+
+class Decoding:
+    """Images that are decoded when they are asked for, on as many threads as torch uses.
+
+    Args:
+        source: the files.
+        names: of the images.
+        image_format: what they become.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str], image_format: ImageFormat) -> None:
+        self.source, self.names, self.image_format = source, list(names), image_format
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+        return torch.Size((len(self.names), *_shape(self.image_format)))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Images `index` (M,) int64 as (M, C, H, W) uint8.
+
+        Raises:
+            ValueError: a file cannot be decoded (any more).
+        """
+        places = index.tolist()
+        with _mapper(min(torch.get_num_threads(), len(places))) as each:
+            return torch.from_numpy(np.stack(list(each(self._decoded, places))))
+
+    def _decoded(self, place: int) -> NDArray[np.uint8]:
+        name = self.names[place]
+        try:
+            return self.image_format.decode(self.source.read(name), name)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.source.where}: {name} has become unreadable ({error}): put it back.") from error
+
+
+class Store(NamedTuple):
+    """The images of a source.
+
+    Attributes:
+        images: (N, C, H, W) uint8, those that can be read, in the order of their names: memory-mapped, or decoded when
+            they are asked for.
+        kept: (N,) int64, their places among the names asked for.
+        digests: (N, 16), equal for files of equal content.
+        problems: what is wrong with the others, by name.
+    """
+
+    images: Tensor | Decoding
+    kept: Tensor
+    digests: NDArray[np.uint8]
+    problems: dict[str, str]
+
+
+def load_images(
+    source: Source,
+    names: Sequence[str],
+    image_format: ImageFormat,
+    cache_dir: str | None = None,
+    cache_gb: float = 4.0,
+    verify: bool = False,
+) -> Store:
+    """Load images from their cache, which is built first where it is missing or damaged.
+
+    Every file is read and decoded once when the cache is built, so that all that cannot be used is known. Where the
+    images need more than `cache_gb`, or the cache cannot be written, only what was found out is cached, and images are
+    decoded when they are asked for; they are the same.
+
+    Args:
+        source: the files.
+        names: those wanted.
+        image_format: what they become.
+        cache_dir: folder of the cache; see `fomal.data.cache.cache_folder`.
+        cache_gb: how many 10**9 bytes of pixels may be cached.
+        verify: compare the cache's pixels with their checksum, which reads all of them.
+    """
+    path = cache_folder(cache_dir) / f"images-{fingerprint(source, names, image_format)}.cache"
+    fits = len(names) * int(np.prod(_shape(image_format))) <= cache_gb * 1e9
+    cached = _load(path, source, names, image_format, fits, verify)
+    if cached is not None:
+        return cached
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # the second of two processes waits, and finds the cache there
+            if (cached := _load(path, source, names, image_format, fits, verify=True)) is not None:
+                return cached
+            _build(path, source, names, image_format, fits)
+            cached = _load(path, source, names, image_format, fits)
+            assert cached is not None  # it has just been written, and the lock is held
+            return cached
+    except OSError as error:
+        rank_zero_warn(
+            f"cache_dir={str(path.parent)!r} cannot be written ({error.strerror or error}): images are decoded when "
+            f"episodes need them; set data.cache_dir to a folder with more room."
+        )
+    digests, problems = _scan(source, names, image_format, None)
+    return _store(Decoding(source, names, image_format), digests, problems, names)
+
+
+def fingerprint(source: Source, names: Sequence[str], image_format: ImageFormat) -> str:
+    """A short hash of names, sizes and times of the files, which are not opened, and of what they become."""
+    about = {key: value for key, value in asdict(image_format).items() if key not in ("mean", "std")}
+    state = [_FORMAT, about, [(name, *source.stamp(name)) for name in names]]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+
+def _shape(image_format: ImageFormat) -> tuple[int, int, int]:
+    return image_format.channels, image_format.height, image_format.width
+
+
+def _load(
+    path: Path, source: Source, names: Sequence[str], image_format: ImageFormat, fits: bool, verify: bool = False
+) -> Store | None:
+    """What is cached; None where something is missing or damaged."""
+    about = read_arrays(path)
+    if about is None:
+        return None
+    problems = dict(zip(about["problem_names"].tolist(), about["problem_texts"].tolist(), strict=True))
+    if not fits:
+        return _store(Decoding(source, names, image_format), about["digests"], problems, names)
+    pixels, shape = path.with_suffix(".pixels"), (len(names), *_shape(image_format))
+    if not pixels.is_file() or pixels.stat().st_size != np.prod(shape):
+        return None
+    if verify and _checksum(pixels) != about["checksum"]:
+        rank_zero_warn(f"The cache file {pixels} is damaged: building it again.")
+        return None
+    # Copy-on-write: torch has no read-only tensors.
+    images = np.memmap(pixels, np.uint8, "c", shape=shape) if len(names) else np.zeros(shape, np.uint8)
+    return _store(torch.from_numpy(images), about["digests"], problems, names)
+
+
+def _store(
+    images: Tensor | Decoding, digests: NDArray[np.uint8], problems: dict[str, str], names: Sequence[str]
+) -> Store:
+    """Without the images that have a problem; rows of a memory-mapped tensor stay where they are."""
+    kept = torch.tensor([i for i, name in enumerate(names) if name not in problems], dtype=torch.int64)
+    return Store(images, kept, digests[kept.numpy()], problems)
+
+
+def _build(path: Path, source: Source, names: Sequence[str], image_format: ImageFormat, fits: bool) -> None:
+    """Write pixels, then what is known of them: whoever finds the second finds the first whole.
+
+    A build that was killed leaves an unfinished file, which the next one, who has the lock, writes over.
+    """
+    pixels = path.with_suffix(".pixels")
+    unfinished = path.with_suffix(".unfinished")
+    rank_zero_info(
+        f"Reading {len(names)} images from {source.where} into {pixels}, once."
+        if fits
+        else f"Checking {len(names)} images in {source.where}, once; they need more than data.cache_gb, so they are "
+        f"decoded when episodes need them."
+    )
+    try:
+        with unfinished.open("wb") if fits else nullcontext() as file:
+            digests, problems = _scan(source, names, image_format, file)
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        if fits:
+            os.replace(unfinished, pixels)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    about = {"digests": digests, "checksum": _checksum(pixels) if fits else 0}
+    about |= {"problem_names": np.array(list(problems), "U"), "problem_texts": np.array(list(problems.values()), "U")}
+    write_arrays(path, about)
+
+
+def _scan(
+    source: Source, names: Sequence[str], image_format: ImageFormat, out: BinaryIO | None
+) -> tuple[NDArray[np.uint8], dict[str, str]]:
+    """Read and decode every file; write the pixels to `out`, zeros for what cannot be decoded."""
+    blank = np.zeros(_shape(image_format), np.uint8)
+
+    def one(name: str) -> tuple[bytes, NDArray[np.uint8] | str]:
+        try:
+            content = source.read(name)
+        except OSError as error:
+            return bytes(16), f"cannot be read: {error.strerror or error}"
+        digest = hashlib.blake2b(content if isinstance(content, bytes) else content.tobytes(), digest_size=16).digest()
+        try:
+            return digest, image_format.decode(content, name)
+        except ValueError as error:
+            return digest, str(error)
+
+    digests, problems = np.zeros((len(names), 16), np.uint8), dict[str, str]()
+    quiet = not sys.stderr.isatty()
+    watched = track(_in_order(one, names), "images", len(names), console=Console(stderr=True), disable=quiet)
+    for i, (digest, result) in enumerate(watched):
+        digests[i] = np.frombuffer(digest, np.uint8)
+        if isinstance(result, str):
+            problems[names[i]] = result
+        if out is not None:
+            out.write((blank if isinstance(result, str) else result).tobytes())
+    return digests, problems
+
+
+def _in_order(fn: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
+    """`fn` of every name, on all cores, few at a time so that memory stays bounded."""
+    with _mapper(os.cpu_count() or 1) as each:
+        for start in range(0, len(names), _CHUNK):
+            yield from each(fn, names[start : start + _CHUNK])
+
+
+@contextmanager
+def _mapper(threads: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` on so many threads; Pillow decodes without the interpreter's lock."""
+    if threads < 2:
+        yield map
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool.map
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, which is enough against accidents and quick."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
