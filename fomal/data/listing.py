@@ -1,0 +1,192 @@
+"""Which image file belongs to which class, and to which split where the source says so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from fomal.data.sampler import SPLITS
+from fomal.data.source import Source
+
+
+class Listed(NamedTuple):
+    """An image file.
+
+    Attributes:
+        name: of the file in its source.
+        label: its class.
+        split: "train", "val" or "test"; empty where the source does not say.
+    """
+
+    name: str
+    label: str
+    split: str = ""
+
+
+class Listing(NamedTuple):
+    """What a source has.
+
+    Attributes:
+        files: sorted by label and name.
+        empty: folders of classes without a file.
+    """
+
+    files: list[Listed]
+    empty: list[str]
+
+
+def by_folders(source: Source) -> Listing:
+    """The class of a file is its folder, below the folders train/, val/ and test/ where the source has those.
+
+    Folders that hold nothing but one other folder are passed over.
+
+    Raises:
+        ValueError: there are no class folders, or one class lies within another, or two have one name.
+    """
+    images = source.images
+    outside = [name for name in images if "/" not in name]
+    if not images or outside:
+        found = f"images outside any folder, e.g. {outside[0]!r}" if outside else "no images"
+        raise ValueError(
+            f"root={source.where!r} has {found}: put the images of each class into a folder of its name, "
+            f"or name their classes in a CSV file, data.labels."
+        )
+    top = _common_top(source)
+    within = {name: PurePosixPath(name).relative_to(top) for name in images}
+    splits = {path.parts[0] for path in within.values() if len(path.parts) > 2} & set(SPLITS)
+    files = []
+    for name, path in within.items():
+        folder = path.parent.parts
+        split = folder[0] if splits and folder[0] in SPLITS else ""
+        label = "/".join(folder[1:] if split else folder)
+        if splits and (not split or not label):
+            raise ValueError(
+                f"root={source.where!r} has folders {', '.join(sorted(splits))}, but also {name!r}: "
+                f"every image must lie in a class folder of one of them."
+            )
+        files.append(Listed(name, label, split))
+    _refuse_nested({file.label for file in files}, source)
+    return _listing(files, _empty_folders(source), source)
+
+
+def _common_top(source: Source) -> PurePosixPath:
+    """The deepest folder that all images share, as far as it is no class and no split."""
+    top = PurePosixPath()
+    paths = [PurePosixPath(name).parts for name in source.images]
+    while True:
+        depth = len(top.parts)
+        first = {parts[depth] for parts in paths}
+        if len(first) > 1 or min(map(len, paths)) < depth + 3 or first & set(SPLITS):
+            return top
+        top /= first.pop()
+
+
+def _refuse_nested(labels: set[str], source: Source) -> None:
+    for label in sorted(labels):
+        for parent in PurePosixPath(label).parents:
+            if str(parent) in labels:
+                raise ValueError(
+                    f"root={source.where!r} has images in {str(parent)!r} and in {label!r} within it: "
+                    f"move them, so that each class is one folder."
+                )
+
+
+def _empty_folders(source: Source) -> list[str]:
+    used = {str(parent) for name in source.names for parent in PurePosixPath(name).parents}
+    return [folder for folder in source.folders if folder not in used]
+
+
+def by_csv(source: Source, labels: str) -> Listing:
+    """Classes from a CSV file with the columns filename, label and, if wanted, split.
+
+    Args:
+        source: the images; file names are relative to its root or to its folder images/.
+        labels: path of the CSV file, absolute or relative to a source that is a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks a column or has a row that cannot be used.
+    """
+    path = Path(labels).expanduser()
+    if not path.is_file() and (below := Path(source.where).expanduser() / path).is_file():
+        path = below
+    if not path.is_file():
+        raise FileNotFoundError(f"labels={labels!r} is neither a file nor one in root={source.where!r}.")
+    return read_csv(source, path.read_bytes(), str(path))
+
+
+def read_csv(source: Source, content: bytes, where: str, split: str = "") -> Listing:
+    """As `by_csv`, from the file's content.
+
+    Args:
+        source: the images.
+        content: of the CSV file.
+        where: what to call it in messages.
+        split: of all rows, where the file has no column for it.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"labels={where!r} is not a CSV file in UTF-8: {error}") from error
+    lacking = [column for column in ("filename", "label") if not rows or column not in rows[0]]
+    if lacking:
+        raise ValueError(f"labels={where!r} has no {' and no '.join(lacking)}: give it the columns filename,label.")
+    top = "" if not source.names else _csv_top(source, [row["filename"] or "" for row in rows])
+    files = []
+    for number, row in enumerate(rows, 2):
+        name, label, part = row["filename"], row["label"], row.get("split") or split
+        if not name or not label or not label.strip() or None in row:
+            raise ValueError(f"labels={where!r}, line {number}: it needs a filename and a label.")
+        if part and part not in SPLITS:
+            raise ValueError(f"labels={where!r}, line {number}: split {part!r} is none of {', '.join(SPLITS)}.")
+        files.append(Listed(top + name, label.strip(), part))
+    if len({bool(file.split) for file in files}) > 1:
+        raise ValueError(f"labels={where!r} gives some rows a split and others none: fill the column, or leave it out.")
+    return _listing(_known(files, source, where), [], source)
+
+
+def _csv_top(source: Source, names: list[str]) -> str:
+    """The folder that the file names are relative to."""
+    there = set(source.names)
+    return max(("", "images/"), key=lambda top: sum(top + name in there for name in names))
+
+
+def _known(files: list[Listed], source: Source, where: str) -> list[Listed]:
+    """The files, if they all exist and each is named once."""
+    there, seen = set(source.names), dict[str, Listed]()
+    for file in files:
+        before = seen.setdefault(file.name, file)
+        if before is not file:
+            raise ValueError(
+                f"labels={where!r} names {file.name!r} twice, as {before.label!r} and as {file.label!r}: keep one row."
+            )
+    missing = [file.name for file in files if file.name not in there]
+    if missing:
+        raise ValueError(f"labels={where!r} names files that root={source.where!r} lacks: {enumerated(missing)}.")
+    return files
+
+
+def _listing(files: list[Listed], empty: list[str], source: Source) -> Listing:
+    """Sorted, and class names in one normal form; classes that differ in nothing else are refused."""
+    spellings: dict[str, str] = {}
+    for i, file in enumerate(files):
+        label = unicodedata.normalize("NFC", file.label)
+        before = spellings.setdefault(label, file.label)
+        if before != file.label:
+            raise ValueError(
+                f"root={source.where!r} has two classes with one name, {label!r}, which differ in how its letters are "
+                f"encoded ({before!a} and {file.label!a}): put their images into one."
+            )
+        files[i] = file._replace(label=label)
+    return Listing(sorted(files, key=lambda file: (file.label, file.name)), empty)
+
+
+def enumerated(names: Iterable[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(map(repr, listed[:shown])) + more
