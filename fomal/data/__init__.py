@@ -1,8 +1,20 @@
 """What a task is, and where it comes from."""
 
+from fomal.data.cifar_fs import CIFARFSDataModule, FC100DataModule
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
+from fomal.data.image_folder import ImageFolderDataModule
+from fomal.data.mini_imagenet import MiniImageNetDataModule
 from fomal.data.omniglot import OmniglotDataModule
 from fomal.data.sinusoid import SinusoidDataModule
 
-__all__ = ["Episode", "EpisodeDataModule", "OmniglotDataModule", "SinusoidDataModule"]
+__all__ = [
+    "CIFARFSDataModule",
+    "Episode",
+    "EpisodeDataModule",
+    "FC100DataModule",
+    "ImageFolderDataModule",
+    "MiniImageNetDataModule",
+    "OmniglotDataModule",
+    "SinusoidDataModule",
+]

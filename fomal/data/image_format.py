@@ -23,12 +23,13 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 _MODES = {"rgb": "RGB", "gray": "L", "binary": "L"}
 _KINDS = {  # what content a name promises
-    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),
+    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),  # some cameras' JPEGs have a second picture, for depth
     **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
     **dict.fromkeys((".pbm", ".pgm", ".ppm"), ("PPM",)),
     **{f".{kind.lower()}": (kind,) for kind in ("PNG", "BMP", "GIF", "WEBP")},
 }
-_FORMATS = tuple(dict.fromkeys(kind for kinds in _KINDS.values() for kind in kinds))
+_FORMATS = tuple(dict.fromkeys(kinds[0] for kinds in _KINDS.values()))
+Image.init()  # all plugins now, rather than in the first of many threads
 _DRAFT = 2  # a JPEG may be decoded at a lower scale, as long as it is this many times the size wanted
 
 

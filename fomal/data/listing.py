@@ -119,7 +119,7 @@ def by_csv(source: Source, labels: str) -> Listing:
     return read_csv(source, path.read_bytes(), str(path))
 
 
-def read_csv(source: Source, content: bytes, where: str, split: str = "") -> Listing:
+def read_csv(source: Source, content: bytes, where: str, split: str = "", below: str = "") -> Listing:
     """As `by_csv`, from the file's content.
 
     Args:
@@ -127,6 +127,7 @@ def read_csv(source: Source, content: bytes, where: str, split: str = "") -> Lis
         content: of the CSV file.
         where: what to call it in messages.
         split: of all rows, where the file has no column for it.
+        below: folder of the source that the file names are relative to.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
@@ -135,7 +136,7 @@ def read_csv(source: Source, content: bytes, where: str, split: str = "") -> Lis
     lacking = [column for column in ("filename", "label") if not rows or column not in rows[0]]
     if lacking:
         raise ValueError(f"labels={where!r} has no {' and no '.join(lacking)}: give it the columns filename,label.")
-    top = "" if not source.names else _csv_top(source, [row["filename"] or "" for row in rows])
+    top = _csv_top(source, [row["filename"] or "" for row in rows], f"{below}/" if below else "")
     files = []
     for number, row in enumerate(rows, 2):
         name, label, part = row["filename"], row["label"], row.get("split") or split
@@ -149,10 +150,10 @@ def read_csv(source: Source, content: bytes, where: str, split: str = "") -> Lis
     return _listing(_known(files, source, where), [], source)
 
 
-def _csv_top(source: Source, names: list[str]) -> str:
-    """The folder that the file names are relative to."""
+def _csv_top(source: Source, names: list[str], below: str) -> str:
+    """The folder that the file names are relative to: `below`, or images/ in it."""
     there = set(source.names)
-    return max(("", "images/"), key=lambda top: sum(top + name in there for name in names))
+    return max((below, f"{below}images/"), key=lambda top: sum(top + name in there for name in names))
 
 
 def _known(files: list[Listed], source: Source, where: str) -> list[Listed]:

@@ -6,7 +6,7 @@ import os
 import stat
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -149,25 +149,24 @@ class ArraySource(Source):
     Args:
         where: what to call the source in messages.
         names: a name for each image.
-        load: gives the arrays (N, H, W, C) uint8, in the order of the names; called when the first is read.
+        load: gives N arrays (H, W, C) uint8, in the order of the names; called when the first is read.
         stamp: numbers that change when the file behind the arrays does.
     """
 
     def __init__(
-        self, where: str, names: list[str], load: Callable[[], NDArray[np.uint8]], stamp: tuple[int, int]
+        self, where: str, names: list[str], load: Callable[[], Sequence[NDArray[np.uint8]]], stamp: tuple[int, int]
     ) -> None:
         self.where = where
         self.names, self.folders = names, sorted({name.rpartition("/")[0] for name in names})
         self._place = {name: i for i, name in enumerate(names)}
         self._load, self._stamp = load, stamp
-        self._arrays: NDArray[np.uint8] | None = None
+        self._arrays: Sequence[NDArray[np.uint8]] | None = None
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """The image as an array (H, W, C)."""
         if self._arrays is None:
             self._arrays = self._load()
-        array: NDArray[np.uint8] = self._arrays[self._place[name]]
-        return array
+        return self._arrays[self._place[name]]
 
     def stamp(self, name: str) -> tuple[int, int]:
         """That of the file they come from."""
