@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"checks", "files", "metrics", "random", "tree"},
+    {"checks", "files", "metrics", "random", "tree", "versions"},
     {"distributed"},
     {"data", "models"},
     {"inner"},
@@ -24,6 +24,8 @@ LAYERS = [
     {"evaluation"},
     {"analysis"},
     {"learner"},
+    {"build"},
+    {"adaptation"},
     {"plots"},
     {"callbacks"},
     {"cli"},

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fomal import __version__
 from fomal.callbacks.folder import run_folder
 from fomal.data.episode import Episode
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
-
-_PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    ours = {"python": platform.python_version(), "fomal": __version__}
-    return ours | {name: version(name) for name in _PACKAGES}
+from fomal.versions import versions
 
 
 class ResultsFile(Callback):

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fomal.build import read_checkpoint
 from fomal.cli.errors import UsageError
 from fomal.cli.given import short_key
 
@@ -31,18 +30,10 @@ def checkpoint_config(ckpt_path: str, verb: str) -> dict[str, Any]:
 
     Resuming takes all of it; the other verbs take of the trainer only the precision.
     """
-    if not Path(ckpt_path).is_file():
-        raise UsageError(f"--ckpt_path {ckpt_path}: there is no such file.")
     try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--ckpt_path {ckpt_path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "fomal" not in checkpoint:
-        raise UsageError(
-            f"--ckpt_path {ckpt_path} is not a checkpoint of fomal: give one written by `fomal fit`, "
-            f"or by a trainer around fomal's MetaLearner."
-        )
+        checkpoint = read_checkpoint(ckpt_path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--ckpt_path {error}") from error
     config = dict(checkpoint["fomal"]["config"])
     if config and verb != "fit":
         precision = config.pop("trainer", {}).get("precision")

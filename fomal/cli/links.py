@@ -1,4 +1,4 @@
-"""Settings that follow from others, so that they need not be given twice."""
+"""Settings that follow from others must not be given another value."""
 
 from __future__ import annotations
 
@@ -6,24 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from fomal.build import SEED, WAYS
 from fomal.cli.errors import UsageError
 from fomal.cli.given import short_key
-
-SEED = ("seed_everything", "data.init_args.seed")
-WAYS = ("data.init_args.ways", "model.network.init_args.ways")
-
-
-def stream_seed(seed: bool | int) -> int:
-    """The seed of the episode stream; a random one (true) is drawn after parsing and put in its place then."""
-    return int(seed) if not isinstance(seed, bool) else 0
-
-
-def link(parser: ArgumentParser) -> None:
-    """Link seed and ways; a class without one of the two parameters is left as it is."""
-    parser.link_arguments(*SEED, compute_fn=stream_seed)
-    parser.link_arguments(*WAYS)
 
 
 def refuse_contradictions(config: Namespace, given: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from fomal.build import SEED, add_arguments, stream_seed
 from fomal.callbacks import LearningCurve, MetaProgressBar, PredictionsFile, ResultsFile, SaveLast
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.cli import checkpoint, links
@@ -152,9 +153,7 @@ class FomalCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add fomal's own options first: they are what `--help` is asked for."""
-        parser.add_lightning_class_args(MetaLearner, "model")
-        parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
-        links.link(parser)
+        add_arguments(parser)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
 
@@ -225,9 +224,9 @@ class FomalCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Put a seed drawn at random where the link could not know it."""
-        config, (source, target) = self.config[self.verb], links.SEED
+        config, (source, target) = self.config[self.verb], SEED
         if target in config:
-            config[target] = links.stream_seed(config[source])
+            config[target] = stream_seed(config[source])
 
     def instantiate_classes(self) -> None:
         """Build everything; raise what a constructor raised, not jsonargparse's account of all it tried."""
