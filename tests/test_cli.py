@@ -100,7 +100,7 @@ def test_help_of_a_verb_lists_our_options_with_their_docstrings(capsys: pytest.C
         main(["fit", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "--model.inner_steps INNER_STEPS inner steps on a training task, k." in out
-    assert "fomal.models.MLP, ...)" in out
+    assert "fomal.models.ResNet12, ...)" in out
     assert "torchmetrics" not in out
     assert out.index("--model.network") < out.index("--data ") < out.index("--trainer.max_steps")
 

@@ -62,6 +62,8 @@ class Objective:
                 reason = self._try(stacked, x, y, second_order)
         finally:
             self.network.train(was_training)
+        if was_training and not reason:  # there may be random operations that vmap refuses
+            reason = _reason(lambda: self.losses(stacked, x, y))
         if reason:
             self.vectorize = False
             log.warning(
@@ -75,10 +77,9 @@ class Objective:
         self.vectorize = False
         expected = self._derivatives(params, x, y, second_order)  # an error of the network itself is raised here
         self.vectorize = True
-        try:
-            return _difference(self._derivatives(params, x, y, second_order), expected)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            return str(error).strip().splitlines()[0]
+        found: list[Tree] = []
+        reason = _reason(lambda: found.extend(self._derivatives(params, x, y, second_order)))
+        return reason or _difference(found, expected)
 
     def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
         """Gradients and, if asked for, the gradient of their squared norm, which has the Hessian in it."""
@@ -173,6 +174,15 @@ class Objective:
             return tree_unflatten([torch.stack(leaf) for leaf in leaves], tree_flatten(results[0])[1])
 
         return looped
+
+
+def _reason(run: Callable[[], object]) -> str:
+    """Why `run` fails; empty where it does not."""
+    try:
+        run()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
 
 
 def _difference(found: list[Tree], expected: list[Tree]) -> str:

@@ -36,6 +36,11 @@ class BatchNorm(nn.Module):
         return y.to(x.dtype)
 
 
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether what the network says of one example depends on the others in the batch, by a `BatchNorm`."""
+    return any(isinstance(module, BatchNorm) for module in network.modules())
+
+
 def use_batch_statistics(network: nn.Module) -> list[str]:
     """Replace, in place, every batch norm of torch by one that always uses batch statistics.
 
@@ -48,8 +53,11 @@ def use_batch_statistics(network: nn.Module) -> list[str]:
     for parent_name, parent in list(network.named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                norm = BatchNorm(child.num_features, child.eps, affine=False)
-                norm.weight, norm.bias = child.weight, child.bias  # keep the parameters themselves
+                own = BatchNorm(child.num_features, child.eps, affine=False)
+                own.weight, own.bias = child.weight, child.bias  # keep the parameters themselves
+                norm: nn.Module = own
+                if isinstance(act := getattr(child, "act", None), nn.Module):  # timm's norms have one within
+                    norm = nn.Sequential(own, getattr(child, "drop", nn.Identity()), act)
                 setattr(parent, name, norm)
                 replaced.append(f"{parent_name}.{name}".lstrip("."))
     return replaced

@@ -1,0 +1,134 @@
+"""Any classifier of torchvision, timm or one's own, with a head for the classes of a task."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from fomal.checks import positive
+from fomal.models.head import find_head, outputs, resize_head
+
+
+class Classifier(nn.Module):
+    """What `factory(**options)` makes, its head (last linear layer or 1x1 convolution) resized to `ways` classes.
+
+    The head is initialised anew, as torch does; all else is as the factory makes it, pretrained or not:
+
+        {factory: torchvision.models.resnet18, options: {weights: DEFAULT}}
+        {factory: timm.create_model, options: {model_name: resnet18, pretrained: true}}
+
+    Batch norm will use the statistics of the batch at hand: `MetaLearner` replaces torch's, since running averages
+    mean nothing between tasks, so those of pretrained weights are not used. Images go to the network as the data
+    module makes them: those of ImageNet's mean and standard deviation are not applied here.
+
+    Args:
+        factory: import path of a function or class that makes a module from images (B, C, H, W) to logits.
+        ways: classes, the size of the output.
+        options: keyword arguments for it.
+
+    Raises:
+        ValueError: there is nothing to import at `factory`, it fails, or what it makes is no classifier with one head.
+    """
+
+    def __init__(self, factory: str, ways: int = 5, options: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        positive(ways=ways)
+        network = _make(factory, options or {})
+        if getattr(network, "aux_logits", False):
+            raise ValueError(
+                f"factory={factory!r} made a network with auxiliary outputs, which have no place in the inner loop: "
+                f"set options: {{aux_logits: false}}."
+            )
+        resize_head(network, ways, "new", _only_head(network, factory))
+        _adjust(network)
+        self.factory = factory
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, ways).
+
+        Raises:
+            ValueError: the network returns something else than a tensor.
+        """
+        logits = self.network(x)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"the network of factory={self.factory!r} returns a {type(logits).__name__} rather than logits: "
+                f"choose one, or options, without further outputs."
+            )
+        return logits
+
+
+def _make(factory: str, options: dict[str, Any]) -> nn.Module:
+    make = _imported(factory)
+    if not callable(make):
+        raise ValueError(f"factory={factory!r} is a {type(make).__name__}: name a function or class in it.")
+    try:
+        network = make(**options)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"factory={factory!r} with options={options} fails: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"factory={factory!r} made a {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def _imported(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not all(path.split(".")):
+        raise ValueError(f"factory={path!r} is no import path: write e.g. torchvision.models.resnet18.")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        remedy = "pip install timm" if missing == "timm" else "check its spelling, and that Python finds it from here"
+        raise ValueError(f"factory={path!r} cannot be imported, there is no module {missing!r}: {remedy}.") from error
+    if not hasattr(module, name):
+        near = get_close_matches(name, [known for known in dir(module) if not known.startswith("_")])
+        hint = f" - did you mean {' or '.join(f'{module_name}.{known}' for known in near)}?" if near else "."
+        raise ValueError(f"factory={path!r} cannot be imported: {module_name} has no {name!r}{hint}")
+    return getattr(module, name)
+
+
+def _only_head(network: nn.Module, factory: str) -> str:
+    """The name of the head; refuses a network with several, or without: there many layers have as many outputs."""
+    name = find_head(network)
+    head = network.get_submodule(name)
+    kind = nn.Linear if isinstance(head, nn.Linear) else nn.Conv2d
+    alike = [n for n, m in network.named_modules() if isinstance(m, kind) and outputs(m) == outputs(head)]
+    if len(alike) > 1:
+        raise ValueError(
+            f"factory={factory!r} made a {type(network).__name__} without a single head: {len(alike)} layers have "
+            f"{outputs(head)} outputs, {', '.join(alike[-2:])} among them. Choose a classifier with one head, or give "
+            f"it, in options, a number of classes that no other layer has."
+        )
+    return name
+
+
+def _adjust(network: nn.Module) -> None:
+    """Replace, in place, what could not be vectorised over tasks, by the same in another form."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, StochasticDepth):
+                setattr(parent, name, _StochasticDepth(child.p, child.mode))
+
+
+class _StochasticDepth(nn.Module):
+    """torchvision's `StochasticDepth`, which fills a new tensor in place: vmap refuses that."""
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.by_batch = mode == "batch"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same: in training, residual branches zeroed at random, the others scaled up."""
+        if not self.training or self.p == 0:
+            return x
+        draws = 1 if self.by_batch else len(x)
+        kept = torch.rand(draws, *[1] * (x.dim() - 1), dtype=torch.float32, device=x.device) >= self.p
+        return x * kept / (1 - self.p if self.p < 1 else 1)
