@@ -99,6 +99,6 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
 
 def _instantiated(parser: ArgumentParser, config: dict[str, Any]) -> Any:
     try:
-        return parser.instantiate_classes(parser.parse_object(config))
+        return parser.instantiate(parser.parse_object(config))
     except ArgumentError as error:
         raise ValueError(f"the configuration cannot be used: {error}") from error

@@ -16,8 +16,9 @@ KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkp
 # Settings that may differ from the checkpoint's: they change neither the weights nor which classes are tested.
 FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download"}
 FREE_TO_EVALUATE = {"model.eval_inner_steps", "model.eval_inner_batch_size", "model.vectorize"}
-# Data settings that may not, beside the data's own `partition_settings`: the head has so many ways.
-FIXED_DATA = {"class_path", "ways"}
+# Data settings that may not, beside the data's own `partition_settings`: the head has so many ways. Other data may be
+# tested on, which is what their class says.
+FIXED_DATA = {"ways"}
 
 
 def is_keyword(ckpt_path: str) -> bool:
@@ -66,6 +67,9 @@ def differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if not _same_class(a.get("class_path"), b.get("class_path")):
             yield f"{key}.class_path", a.get("class_path"), b.get("class_path")
+            ways = [part.get("init_args", {}).get("ways") for part in (a, b)]
+            if ways[0] != ways[1]:  # other data may be tested on, by a head of as many classes
+                yield f"{key}.ways", *ways
             return
         for name in sorted({*a, *b} - {"class_path"}):
             yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)

@@ -75,11 +75,16 @@ def _read(paths: Sequence[Path]) -> list[Run]:
     return shown
 
 
-def check_figure(path: Path) -> None:
-    """Raise UsageError for a figure that matplotlib does not write, or whose table would replace a run's file."""
+def check_kind(path: Path, option: str = "--out") -> None:
+    """Raise UsageError for a figure that matplotlib does not write."""
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in kinds:
-        raise UsageError(f"--out {path}: a figure can be {', '.join(f'.{kind}' for kind in sorted(kinds))}.")
+        raise UsageError(f"{option} {path}: a figure can be {', '.join(f'.{kind}' for kind in sorted(kinds))}.")
+
+
+def check_figure(path: Path) -> None:
+    """As `check_kind`; raise UsageError too where the table beside the figure would replace a run's file."""
+    check_kind(path)
     table = path.with_suffix(".csv")
     if table.stem.partition("_")[0] in _OF_A_RUN and table.exists():
         raise UsageError(f"--out {path}: its table would replace {table}, which a run wrote; give another name.")

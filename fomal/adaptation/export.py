@@ -1,0 +1,158 @@
+"""An adapted model for other runtimes, checked against the original before it is kept."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fomal.adaptation.model import Adapted
+from fomal.checks import one_of
+from fomal.models.norm import has_batch_norm
+
+Format = Literal["onnx", "torchscript", "torch-export"]
+_FORMATS = ("onnx", "torchscript", "torch-export")
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
+_TOLERANCE = 1e-4  # on probabilities; the runtimes sum in other orders
+
+
+class Exported(nn.Module):
+    """What is exported: images (B, C, H, W) uint8 of the model's size to probabilities (B, N) float32.
+
+    Where the network has batch norm, an image is seen together with the support set, which is a part of the module;
+    B is 1 then. `transductive` leaves the support set out: all images of a batch are seen together.
+    """
+
+    support: Tensor
+
+    def __init__(self, model: Adapted, transductive: bool) -> None:
+        super().__init__()
+        self.network = model.network
+        self.image_format = model.image_format
+        self.dtype = next(model.network.parameters()).dtype
+        self.alone = not transductive and has_batch_norm(model.network)
+        self.register_buffer("support", self._inputs(model.support.to(model.device)))
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        return self.image_format.normalize(images).to(self.dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 to (B, N)."""
+        x = self._inputs(images)
+        logits = self.network(torch.cat([self.support, x]))[-1:] if self.alone else self.network(x)
+        probabilities: Tensor = logits.float().softmax(-1)
+        return probabilities
+
+
+def export(model: Adapted, path: Path, kind: Format, transductive: bool = False) -> Exported:
+    """Write a model in another format, after comparing what is written with the original on random images.
+
+    Args:
+        model: an adapted model; exported from where it is, best the CPU.
+        path: file to write.
+        kind: "onnx" needs `fomal[onnx]`.
+        transductive: see `Exported`.
+
+    Raises:
+        FileExistsError: there is such a file already.
+        ModuleNotFoundError: a package for the format is missing.
+        ValueError: the network cannot be exported, or what was written says something else.
+    """
+    one_of(_FORMATS, format=kind)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: give another name, or remove it.")
+    module = Exported(model, transductive).eval()
+    write, read = {"onnx": (_write_onnx, _read_onnx), "torchscript": (_write_script, _read_script)}.get(
+        kind, (_write_export, _read_export)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex}"  # ONNX may write weights beside the file
+    folder.mkdir()
+    unfinished = folder / path.name
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            try:
+                write(module, _random(module, model, 1 if module.alone else 2), unfinished)
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:  # the exporters raise many kinds
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise ValueError(f"the network cannot be exported as {kind}: {reason}") from error
+            _compare(module, model, read(unfinished), kind)
+        for file in folder.iterdir():
+            os.replace(file, path.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return module
+
+
+def _random(module: Exported, model: Adapted, batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, *model.support.shape[1:]), dtype=torch.uint8, generator=generator)
+
+
+def _compare(module: Exported, model: Adapted, run: Callable[[Tensor], Tensor], kind: str) -> None:
+    """Raise ValueError unless `run` says what the model's own `predict_pixels` says."""
+    for seed, batch in enumerate((1, 1) if module.alone else (2, 3), 1):  # not only what was traced
+        images = _random(module, model, batch, seed)
+        expected = model.predict_pixels(images, transductive=not module.alone).probabilities
+        error = float((run(images).cpu() - expected).abs().max())
+        if not error <= _TOLERANCE:
+            raise ValueError(
+                f"the {kind} file says something else than the model: probabilities differ by {error:.1e} on random "
+                f"images; it was not kept."
+            )
+
+
+def _batch(module: Exported) -> dict[str, Any] | None:
+    """Which axes may change."""
+    return None if module.alone else {"images": {0: torch.export.Dim("batch")}}
+
+
+def _write_onnx(module: Exported, example: Tensor, path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"format='onnx' needs the package {package}: pip install fomal[onnx].")
+    logging.getLogger("onnxscript").setLevel(logging.WARNING)
+    torch.onnx.export(
+        module,
+        (example,),
+        path,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=_batch(module),
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+    )
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+
+
+def _write_script(module: Exported, example: Tensor, path: Path) -> None:
+    torch.jit.save(torch.jit.trace(module, (example,)), str(path))  # type: ignore[no-untyped-call]
+
+
+def _read_script(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.jit.load(str(path))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _write_export(module: Exported, example: Tensor, path: Path) -> None:
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=_batch(module)), path)
+
+
+def _read_export(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()

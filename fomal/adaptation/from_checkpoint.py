@@ -1,0 +1,198 @@
+"""From a checkpoint and a few labelled images to a model of their classes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from fomal.adaptation.model import Adapted, ImageLike, decode_all
+from fomal.build import build, read_checkpoint
+from fomal.checks import positive
+from fomal.data.datamodule import EpisodeDataModule, split_index
+from fomal.data.episode import Episode
+from fomal.data.image_format import ImageFormat
+from fomal.inner.objective import Objective
+from fomal.inner.optimizer import SHARED, InnerOptimizer
+from fomal.learner import MetaLearner
+from fomal.models.classifier import Classifier
+from fomal.models.head import find_head, mean_rows, outputs, resize_head
+from fomal.versions import versions
+
+
+def adapt(
+    checkpoint: str | Path,
+    images: Iterable[ImageLike] | Tensor,
+    labels: Sequence[str],
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    optimizer: InnerOptimizer | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    learner: MetaLearner | None = None,
+    image_format: ImageFormat | None = None,
+) -> Adapted:
+    """Adapt the initialisation in a checkpoint to new classes, by its inner loop.
+
+    Any number of classes and of examples of each. Where the number of classes is not that of training, the head is
+    made anew: each of its rows starts as the mean of the trained ones, since nothing tells new classes apart yet.
+
+    Args:
+        checkpoint: of `fomal fit`, or of a trainer around a `MetaLearner`.
+        images: the examples: files, images of Pillow's, arrays or tensors, each of any size; or (S, C, H, W) uint8.
+        labels: the class of each.
+        steps: inner steps; None: as many as in the checkpoint's evaluation.
+        batch_size: examples per step, likewise.
+        optimizer: inner optimiser; None: the checkpoint's, with its carried state. Another one starts afresh.
+        seed: of the choice of mini-batches.
+        device: where to compute.
+        learner: how the checkpoint's learner is made, where it was made in Python and not from a configuration.
+        image_format: what images become; None: as the checkpoint's data module says.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: for images or labels that cannot be used, or a checkpoint that does not say what it was trained on.
+    """
+    content = read_checkpoint(checkpoint)
+    learner, image_format, ways = _trained(content, learner, image_format)
+    labels = [str(label) for label in labels]
+    classes = sorted(set(labels))
+    support = torch.from_numpy(decode_all(images, image_format))  # (S, C, H, W)
+    if len(support) != len(labels):
+        raise ValueError(f"labels has {len(labels)} entries for {len(support)} images: give one for each.")
+    if len(classes) < 2:
+        raise ValueError(f"labels has {len(classes)} classes: there must be two at least to tell apart.")
+    learner.to(device)
+    if len(classes) != ways:
+        _rebuild_head(learner, ways, len(classes))
+    if optimizer is not None:
+        learner.inner_optimizer, learner.carried = optimizer, None
+    learner.eval_inner_steps = learner.eval_inner_steps if steps is None else steps
+    learner.eval_inner_batch_size = learner.eval_inner_batch_size if batch_size is None else batch_size
+    positive(steps=learner.eval_inner_steps, batch_size=learner.eval_inner_batch_size)
+    y = torch.tensor([classes.index(label) for label in labels])
+    losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
+    about = _about(Path(checkpoint), content, learner, ways)
+    about["adaptation"] |= {
+        "seed": seed,
+        "examples": dict(sorted(Counter(labels).items())),
+        "loss_first_step": losses[0].item(),
+        "loss_last_step": losses[-1].item(),
+    }
+    return Adapted(learner.network, classes, image_format, support, y, about)
+
+
+def image_format_of(checkpoint: str | Path) -> ImageFormat:
+    """How image files become the inputs of a checkpoint's network.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it does not say.
+    """
+    return _image_format(build(_config(read_checkpoint(checkpoint)))[1])
+
+
+def _config(content: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = content["fomal"]["config"]
+    if not config:
+        raise ValueError("the checkpoint was made in Python and has no configuration: give learner= and image_format=.")
+    return config
+
+
+def _image_format(data: EpisodeDataModule) -> ImageFormat:
+    image_format: ImageFormat | None = getattr(data, "image_format", None)
+    if image_format is None:
+        raise ValueError(
+            f"the checkpoint was trained with {type(data).__name__}, which does not say how image files become its "
+            f"inputs: adapt it in Python, with image_format=ImageFormat(...)."
+        )
+    return image_format
+
+
+def _trained(
+    content: dict[str, Any], learner: MetaLearner | None, image_format: ImageFormat | None
+) -> tuple[MetaLearner, ImageFormat, int]:
+    """The learner with the checkpoint's weights and state, the images it takes, and its number of classes."""
+    if learner is None:
+        learner, data = build(_config(content))
+        image_format = image_format or _image_format(data)
+    elif image_format is None:
+        raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
+    weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
+    learner.network.to(next(iter(weights.values())).dtype)
+    learner.network.load_state_dict(weights)
+    learner.carried = content["fomal"]["carried"]
+    learner.objective = Objective(learner.network, vectorize=False)  # there is one task
+    return learner, image_format, outputs(learner.network.get_submodule(find_head(learner.network)))
+
+
+def _rebuild_head(learner: MetaLearner, ways: int, classes: int) -> None:
+    """Give the head, and the moments that the inner optimiser carries of it, as many rows as there are classes."""
+    head = resize_head(learner.network, classes)
+    carried = learner.carried or {}
+    learner.carried = learner.carried and {
+        part: values
+        if part == SHARED
+        else {name: mean_rows(t, classes) if name.rpartition(".")[0] == head else t for name, t in values.items()}
+        for part, values in carried.items()
+    }
+    rank_zero_info(
+        f"There are {classes} classes, and {ways} in training: each of the {classes} rows of {head} starts as the mean "
+        f"of the trained ones."
+    )
+
+
+@torch.no_grad()
+def _run(learner: MetaLearner, x: Tensor, y: Tensor, ways: int, seed: int) -> Tensor:
+    """Adapt the learner's network in place; the loss before each step."""
+    like = next(learner.network.parameters())
+    task = Episode(x[None], y[None], x[None, :0], y[None, :0], torch.zeros(1, dtype=torch.int64), ways, seed)
+    episode = task._replace(split=split_index("test")).to(like.device)
+    learner.network.eval()
+    trajectory = learner.inner_loop(episode, training=False).rollout(learner.initialisation())
+    for name, value in trajectory.end.items():
+        learner.network.get_parameter(name).copy_(value[0])
+    return trajectory.losses[:, 0]
+
+
+def _about(path: Path, content: dict[str, Any], learner: MetaLearner, ways: int) -> dict[str, Any]:
+    """Where a model came from, in plain values."""
+    return {
+        "network": _network_config(content["fomal"]["config"], ways),
+        "ways": ways,
+        "checkpoint": {
+            "path": str(path),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "meta_iterations": content.get("global_step"),
+        },
+        "adaptation": {
+            "steps": learner.eval_inner_steps,
+            "batch_size": learner.eval_inner_batch_size,
+            "optimizer": f"{type(learner.inner_optimizer).__module__}.{type(learner.inner_optimizer).__qualname__}",
+        },
+        "versions": versions(),
+    }
+
+
+def _network_config(config: dict[str, Any], ways: int) -> dict[str, Any] | None:
+    """How to make the network again, without the configuration that `ways` was linked to; None if nothing says so."""
+    network = config.get("model", {}).get("network")
+    if network is None:
+        return None
+    settings = dict(network.get("init_args", {}))
+    module, _, name = network["class_path"].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    if "ways" in inspect.signature(kind).parameters:
+        settings["ways"] = ways
+    if kind is Classifier and settings.get("options"):  # its weights are in the folder, and need not be fetched again
+        settings["options"] = {k: v for k, v in settings["options"].items() if k not in ("weights", "pretrained")}
+    return {"class_path": network["class_path"], "init_args": settings}

@@ -1,0 +1,221 @@
+"""A model adapted to a user's own classes: predict, save and load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fomal.build import build_network
+from fomal.data.image_format import ImageFormat
+from fomal.inner.objective import Objective
+from fomal.models.head import resize_head
+from fomal.models.norm import has_batch_norm, use_batch_statistics
+from fomal.tree import Tree, detach
+
+ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+"""A file, an image of Pillow's, an array (H, W) or (H, W, C) uint8, or a tensor (C, H, W) uint8."""
+
+_FORMAT = 1  # of the folder
+_TOGETHER = 64  # images predicted at once, each with the support set
+
+
+class Predictions(NamedTuple):
+    """What a model says of Q images.
+
+    Attributes:
+        labels: the most probable class of each.
+        probabilities: (Q, N) float32, rows sum to 1, in the order of the model's classes.
+    """
+
+    labels: list[str]
+    probabilities: Tensor
+
+
+class Adapted:
+    """A network adapted to N classes, with the examples it was adapted to.
+
+    Attributes:
+        network: with the adapted weights, in evaluation mode.
+        classes: the N names, in the order of the outputs.
+        image_format: how files become the network's images.
+        support: (S, C, H, W) uint8, the examples; batch norm sees each image together with all of them, as in the
+            evaluation of the checkpoint it came from.
+        labels: (S,) int64, their classes.
+        about: where it came from: checkpoint, settings, versions.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Sequence[str],
+        image_format: ImageFormat,
+        support: Tensor,
+        labels: Tensor,
+        about: Mapping[str, Any],
+    ) -> None:
+        self.network = network.eval()
+        self.classes = list(classes)
+        self.image_format = image_format
+        self.support = support
+        self.labels = labels
+        self.about = dict(about)
+        self._objective: Objective | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def predict(self, images: Iterable[ImageLike] | Tensor, transductive: bool = False) -> Predictions:
+        """Classify images.
+
+        Args:
+            images: files, images of Pillow's, arrays or tensors, each of any size; or (Q, C, H, W) uint8.
+            transductive: forward all images together, so that batch norm sees them alone; what is said of one then
+                depends on the others. Otherwise each is forwarded with the support set and nothing else.
+
+        Raises:
+            ValueError: an image cannot be read; or `transductive` with one image and batch norm.
+        """
+        return self.predict_pixels(torch.from_numpy(decode_all(images, self.image_format)), transductive)
+
+    @torch.no_grad()
+    def predict_pixels(self, images: Tensor, transductive: bool = False) -> Predictions:
+        """As `predict`, for images (Q, C, H, W) uint8 that have the format already."""
+        if transductive and len(images) == 1 and has_batch_norm(self.network):
+            raise ValueError("transductive=True of one image leaves batch norm nothing to compare it with: give more.")
+        params, support = {name: p[None] for name, p in self._parameters().items()}, self._inputs(self.support)
+        objective = self._settled(support)
+        logits = [torch.empty(1, 0, len(self.classes))]
+        if transductive:
+            logits.append(objective.predict(params, self._inputs(images)[None]))
+        for start in range(0, 0 if transductive else len(images), _TOGETHER):
+            x = self._inputs(images[start : start + _TOGETHER])
+            logits.append(objective.predict_alone(params, support[None], x[None]))
+        probabilities = torch.cat([part.float().cpu() for part in logits], 1)[0].softmax(-1)
+        return Predictions([self.classes[i] for i in probabilities.argmax(-1).tolist()], probabilities)
+
+    def _parameters(self) -> Tree:
+        return detach(dict(self.network.named_parameters()))
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        x = self.image_format.normalize(images.to(self.device))
+        return x.to(next(self.network.parameters()).dtype)
+
+    def _settled(self, support: Tensor) -> Objective:
+        """Whether images can be vectorised over is found out once."""
+        if self._objective is None:
+            self._objective = Objective(self.network)
+            x, y = (t.expand(2, *t.shape) for t in (support, self.labels.to(self.device)))
+            self._objective.settle(self._parameters(), x, y)
+        return self._objective
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that needs nothing else: weights, examples, and a JSON of the rest.
+
+        Raises:
+            FileExistsError: there is such a folder already.
+            ValueError: the network was made in Python, so that no configuration says how to make it again.
+        """
+        folder = Path(folder)
+        refuse_existing(folder)
+        if not self.about.get("network"):
+            raise ValueError(
+                "the network was not made from a configuration, so that nothing says how to make it again: adapt a "
+                "checkpoint of `fomal fit`, or save network.state_dict() yourself."
+            )
+        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
+        unfinished.mkdir(parents=True)
+        try:
+            weights = {name: t.detach().cpu().contiguous() for name, t in self.network.state_dict().items()}
+            # Not save_file, whose files are private to the user.
+            (unfinished / "model.safetensors").write_bytes(save(weights))
+            examples = {"images": self.support.contiguous(), "labels": self.labels}
+            (unfinished / "support.safetensors").write_bytes(save(examples))
+            about = {"format": _FORMAT, "classes": self.classes, "image_format": asdict(self.image_format)}
+            (unfinished / "model.json").write_text(json.dumps(about | self.about, indent=2) + "\n")
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Adapted:
+        """Read a folder of `save`.
+
+        Raises:
+            FileNotFoundError: it lacks a file.
+            ValueError: a file is damaged, or is of a newer version of fomal.
+        """
+        folder = Path(folder)
+        for name in ("model.json", "model.safetensors", "support.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} is no adapted model: it has no {name}; make one by `fomal adapt`.")
+        try:
+            about = json.loads((folder / "model.json").read_text())
+            support = load_file(folder / "support.safetensors")
+            weights = load_file(folder / "model.safetensors", device=str(device))
+            if about["format"] != _FORMAT:
+                raise ValueError(f"its format is {about['format']}, and this version of fomal reads {_FORMAT}")
+            image_format = ImageFormat(**about["image_format"])
+            network = build_network(about["network"]).to(device)
+            use_batch_statistics(network)
+            if about["ways"] != len(about["classes"]):
+                resize_head(network, len(about["classes"]))
+            network.to(next(iter(weights.values())).dtype)
+            network.load_state_dict(weights)
+            classes = about["classes"]
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be used: {error}") from error
+        rest = {key: value for key, value in about.items() if key not in ("format", "classes", "image_format")}
+        return cls(network, classes, image_format, support["images"], support["labels"], rest)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError where `folder` exists: an adapted model is never written over."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give another folder, or remove it.")
+
+
+def decode_all(images: Iterable[ImageLike] | Tensor, image_format: ImageFormat) -> NDArray[np.uint8]:
+    """Images of any size as (N, C, H, W) uint8.
+
+    Raises:
+        ValueError: some cannot be read; names them all.
+    """
+    decoded, wrong = [], []
+    for place, image in enumerate(images):
+        name = str(image) if isinstance(image, str | Path) else f"image {place}"
+        try:
+            decoded.append(_decoded(image, image_format))
+        except (ValueError, OSError) as error:
+            wrong.append(f"{name} ({error})")
+    if wrong:
+        raise ValueError(f"{len(wrong)} images cannot be used: {'; '.join(wrong)}.")
+    shape = (0, image_format.channels, image_format.height, image_format.width)
+    return np.stack(decoded) if decoded else np.zeros(shape, np.uint8)
+
+
+def _decoded(image: ImageLike, image_format: ImageFormat) -> NDArray[np.uint8]:
+    if isinstance(image, str | Path):
+        return image_format.decode(Path(image).expanduser().read_bytes(), str(image))
+    if isinstance(image, Tensor):
+        image = image.cpu().movedim(0, -1).numpy() if image.ndim == 3 else image.cpu().numpy()
+    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
+        raise ValueError(
+            f"shape {image.shape}, {image.dtype}: give (H, W) or (H, W, C) uint8, or a tensor (C, H, W) uint8"
+        )
+    return image_format.decode(image)

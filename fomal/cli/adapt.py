@@ -1,0 +1,105 @@
+"""The verb adapt: a checkpoint learns the classes of a folder of images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from fomal.adaptation import Adapted, adapt
+from fomal.adaptation.from_checkpoint import image_format_of
+from fomal.adaptation.model import refuse_existing
+from fomal.cli.errors import UsageError
+from fomal.cli.explain import explain
+from fomal.cli.help import HelpFormatter
+from fomal.data.image_files import usable
+from fomal.data.image_format import ImageFormat
+from fomal.data.listing import by_folders
+from fomal.data.source import open_source
+from fomal.data.store import Decoding, scan
+from fomal.inner.optimizer import InnerOptimizer
+
+_SHOWN = 10  # classes named in the message
+
+
+def run(verb: str, args: Sequence[str]) -> Adapted:
+    """Parse `args`, adapt, and write the model's folder; return the model.
+
+    Raises:
+        UsageError: a mistake in the command line.
+        FileExistsError: there is such a folder already.
+        FileNotFoundError: there is no such checkpoint, or no such folder of images.
+        ValueError: images cannot be used, or do not fit the checkpoint.
+    """
+    given = _parse(verb, args)
+    refuse_existing(given.out)
+    pixels, labels = read_support(given.support, image_format_of(given.ckpt_path), given.on_error)
+    settings = {"steps": given.steps, "batch_size": given.batch_size, "optimizer": given.optimizer, "seed": given.seed}
+    adapted = adapt(given.ckpt_path, pixels, labels, device=given.device, **settings)
+    adapted.save(given.out)
+    about = adapted.about["adaptation"]
+    counts = [f"{label} {count}" for label, count in Counter(labels).most_common()]
+    more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+    print(f"Adapted to {len(counts)} classes with {len(labels)} images: {', '.join(counts[:_SHOWN])}{more}.")
+    print(
+        f"{about['steps']} steps of {about['batch_size']} images; the loss of a mini-batch went from "
+        f"{about['loss_first_step']:.3f} to {about['loss_last_step']:.3f}."
+    )
+    print(f"The model is in {given.out}; to use it: fomal classify --adapted {given.out} --images DIR --out labels.csv")
+    return adapted
+
+
+def _parse(verb: str, args: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(
+        f"fomal {verb}",
+        usage=f"fomal {verb} --ckpt_path FILE --support DIR --out DIR [--KEY VALUE ...]",
+        description=str(__doc__),
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of `fomal fit` on images")
+    parser.add_argument("--support", type=str, required=True, help="folder or zip with a folder of images per class")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model into; must not exist")
+    parser.add_argument("--steps", type=int | None, help="inner steps; by default those of the checkpoint's evaluation")
+    parser.add_argument("--batch_size", type=int | None, help="images per step; likewise")
+    parser.add_argument("--optimizer", type=InnerOptimizer | None, help="inner optimiser; by default the checkpoint's")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of mini-batches")
+    parser.add_argument("--on_error", type=Literal["raise", "skip"], default="raise", help="about unusable images")
+    parser.add_argument("--device", type=str, default="cpu", help="e.g. cuda")
+    try:
+        given: Namespace = parser.instantiate(parser.parse_args(list(args)))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), parser)) from error
+    check_device(given.device)
+    return given
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that torch does not have here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def read_support(folder: str, image_format: ImageFormat, on_error: str) -> tuple[torch.Tensor, list[str]]:
+    """The images of a folder of class folders, (S, C, H, W) uint8, and the class of each.
+
+    Raises:
+        FileNotFoundError: there is no such folder or zip.
+        ValueError: images cannot be used, or the folders are those of splits.
+    """
+    source = open_source(folder, "support")
+    listing = by_folders(source)
+    if any(file.split for file in listing.files):
+        raise ValueError(f"{source.label} has the folders of several splits: give one of them.")
+    names = [file.name for file in listing.files]
+    digests, problems = scan(source, names, image_format)
+    kept = usable(source, listing, problems, digests, on_error)
+    pixels = Decoding(source, names, image_format).index_select(0, torch.tensor(kept))
+    return pixels, [listing.files[i].label for i in kept]

@@ -1,0 +1,206 @@
+"""The verbs adapt, classify and export, as a user has them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fomal.adaptation import Adapted, Predictions
+from fomal.cli import main
+from fomal.cli.classify import _print_accuracy, wilson
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path, support: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "m"
+    main(["adapt", "--ckpt_path", str(checkpoint), "--support", str(support), "--out", str(folder)])
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_adapt_writes_a_model_and_says_what_it_did(
+    checkpoint: Path, support: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["adapt", "--ckpt_path", str(checkpoint), "--support", str(support), "--out", str(tmp_path / "m")]
+    adapted = main([*arguments, "--steps", "3", "--optimizer", "SGD", "--optimizer.lr=0.01"])
+    said = capsys.readouterr().out
+    assert "Adapted to 3 classes with 9 images: new21 4, new20 3, new22 2." in said
+    assert "3 steps of 4 images; the loss of a mini-batch went from " in said
+    assert f"fomal classify --adapted {tmp_path / 'm'} --images DIR" in said
+    assert adapted.about["adaptation"]["optimizer"] == "fomal.inner.sgd.SGD"
+    assert Adapted.load(tmp_path / "m").classes == ["new20", "new21", "new22"]
+
+
+def test_a_zip_serves_as_well(checkpoint: Path, support: Path, model: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "support.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for path in sorted(support.rglob("*.png")):
+            out.write(path, Path("all") / path.relative_to(support))
+    main(["adapt", "--ckpt_path", str(checkpoint), "--support", str(archive), "--out", str(tmp_path / "m")])
+    zipped, plain = Adapted.load(tmp_path / "m"), Adapted.load(model)
+    assert torch.equal(zipped.support, plain.support)
+    assert torch.equal(zipped.network.head.weight, plain.network.head.weight)
+
+
+def test_unusable_support_images(checkpoint: Path, support: Path, tmp_path: Path, fails: Fails) -> None:
+    folder = shutil.copytree(support, tmp_path / "support")
+    (folder / "new20" / "broken.png").write_bytes((folder / "new20" / "00.png").read_bytes()[:60])
+    shutil.copy(folder / "new21" / "00.png", folder / "new22" / "copy.png")
+    (folder / "empty").mkdir()
+    arguments = ["adapt", "--ckpt_path", str(checkpoint), "--support", str(folder), "--out", str(tmp_path / "m")]
+    said = fails(*arguments, code=1)
+    for part in (
+        "has 4 that cannot be used",
+        "new20/broken.png (damaged",
+        "new22/copy.png (the same image as",
+        "empty (a class",
+    ):
+        assert part in said
+    assert not (tmp_path / "m").exists()
+    with pytest.warns(UserWarning, match="they are left out"):
+        adapted = main([*arguments, "--on_error", "skip"])
+    assert adapted.about["adaptation"]["examples"] == {"new20": 3, "new21": 3, "new22": 2}
+
+
+def test_mistakes_in_adapting(checkpoint: Path, support: Path, model: Path, tmp_path: Path, fails: Fails) -> None:
+    good = {"--ckpt_path": str(checkpoint), "--support": str(support), "--out": str(tmp_path / "m")}
+
+    def said(code: int, **changes: str) -> str:
+        given = good | {f"--{key}": value for key, value in changes.items()}
+        return fails("adapt", *(part for pair in given.items() for part in pair), code=code)
+
+    assert "there is no option --suport - did you mean --support?" in said(2, suport="x")
+    assert "optimizer=Adm: there is no such class - did you mean fomal.inner.Adam?" in said(2, optimizer="Adm")
+    assert "steps=many: expected" in said(2, steps="many")
+    assert "--device nowhere cannot be used" in said(2, device="nowhere")
+    assert "exists already: give another folder, or remove it" in said(1, out=str(model))
+    assert "support='gone' does not exist: give a folder or a zip" in said(1, support="gone")
+    assert "gone.ckpt: there is no such file" in said(1, ckpt_path="gone.ckpt")
+    assert "steps=0 must be at least 1" in said(1, steps="0")
+    assert "are required: --ckpt_path" in fails("adapt", "--support", "x", "--out", "y")
+    assert not (tmp_path / "m").exists()
+
+
+def test_classify_writes_every_probability(model: Path, queries: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "labels.csv"
+    predictions = main(["classify", "--adapted", str(model), "--images", str(queries), "--out", str(out)])
+    table = rows(out)
+    files = sorted(queries.rglob("*.png"))
+    assert [row["file"] for row in table] == [path.relative_to(queries).as_posix() for path in files]
+    expected = Adapted.load(model).predict(files)
+    assert [row["label"] for row in table] == expected.labels == predictions.labels
+    for row, probabilities in zip(table, expected.probabilities.tolist(), strict=True):
+        found = [float(row[label]) for label in ("new20", "new21", "new22")]
+        assert found == pytest.approx(probabilities, abs=2e-6)
+        assert row["label"] == max(("new20", "new21", "new22"), key=lambda label: float(row[label]))
+
+
+def test_labelled_folders_are_judged(
+    model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(queries, tmp_path / "queries")
+    (folder / "unknown").mkdir()
+    shutil.copy(folder / "new20" / "00.png", folder / "unknown" / "00.png")
+    out, sheet = tmp_path / "labels.csv", tmp_path / "sheet.png"
+    main(["classify", "--adapted", str(model), "--images", str(folder), "--out", str(out), "--sheet", str(sheet)])
+    said = capsys.readouterr().out
+    judged = [(row["file"].split("/")[0], row["label"]) for row in rows(out) if not row["file"].startswith("unknown")]
+    right = sum(true == found for true, found in judged)
+    assert f"Accuracy {100 * right / 30:.1f} % ({right} of 30 images in folders of their classes" in said
+    assert "1 images are in folders of no class" in said
+    for true in ("new20", "new21", "new22"):
+        counts = [judged.count((true, found)) for found in ("new20", "new21", "new22")]
+        (line,) = [line for line in said.splitlines() if line.startswith(f"│ {true}")]
+        assert [int(cell) for cell in line.split("│")[2:5]] == counts
+    with Image.open(sheet) as image:
+        assert image.width > 500
+
+
+def test_files_and_images_seen_together(
+    model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(path) for path in sorted(queries.rglob("*.png"))[:7]]
+    out = tmp_path / "labels.csv"
+    main(["classify", "--adapted", str(model), "--images", *files, "--out", str(out), "--transductive"])
+    expected = Adapted.load(model).predict(files, transductive=True)
+    assert [row["file"] for row in rows(out)] == files
+    assert [float(row["new20"]) for row in rows(out)] == pytest.approx(expected.probabilities[:, 0].tolist(), abs=2e-6)
+    first = out.read_text()
+    main(["classify", "--adapted", str(model), "--images", *files[:2], "--out", str(out)])
+    assert (tmp_path / "labels_1.csv").read_text() == first  # nothing is lost
+    assert len(rows(out)) == 2
+
+
+def test_mistakes_in_classifying(model: Path, queries: Path, tmp_path: Path, fails: Fails) -> None:
+    folder = shutil.copytree(queries, tmp_path / "queries")
+    (folder / "text.png").write_text("text")
+    (folder / "cut.png").write_bytes((folder / "new20" / "00.png").read_bytes()[:60])
+    out = tmp_path / "labels.csv"
+    good = ["classify", "--adapted", str(model), "--out", str(out), "--images"]
+    said = fails(*good, str(folder), code=1)
+    assert "has 2 that cannot be used" in said
+    assert "cut.png" in said
+    assert "text.png" in said
+    assert "images='gone.png' does not exist: give files, or one folder or zip" in fails(*good, "gone.png", code=1)
+    assert "give one folder alone, or files" in fails(*good, str(folder), str(folder))
+    assert "a figure can be" in fails(*good, str(folder), "--sheet", "sheet.docx")
+    assert "is no adapted model: it has no model.json" in fails(
+        "classify", "--adapted", str(tmp_path), "--out", str(out), "--images", str(folder), code=1
+    )
+    assert not out.exists()
+    (tmp_path / "none").mkdir()
+    assert "has no image to classify" in fails(*good, str(tmp_path / "none"), code=1)
+    with pytest.warns(UserWarning, match="they are left out"):
+        main([*good, str(folder), "--on_error", "skip"])
+    assert len(rows(out)) == 30
+
+
+def test_many_classes_show_the_most_frequent_confusions(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = [f"c{i:02}" for i in range(20)]
+    truth = ["c03"] * 5 + ["c07"] * 2 + ["c01"] * 3
+    found = ["c04"] * 5 + ["c08"] * 2 + ["c01"] * 3
+    _print_accuracy(classes, truth, Predictions(found, torch.zeros(10, 20)))
+    said = capsys.readouterr().out
+    assert "Accuracy 30.0 % (3 of 10 images" in said
+    lines = [line for line in said.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line.split("│")[1:4]] for line in lines] == [
+        ["c03", "c04", "5"],
+        ["c07", "c08", "2"],
+    ]
+
+
+def test_wilsons_interval_is_that_of_its_equation() -> None:
+    """The ends are the shares p at which the observed one is z standard deviations of p away."""
+    for right, total in ((0, 10), (7, 10), (50, 100), (100, 100)):
+        for end in wilson(right, total):
+            assert total * (right / total - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end), abs=1e-9)
+
+
+def test_export_names_what_goes_in_and_out(
+    model: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.pt2"
+    main(["export", "--adapted", str(model), "--format", "torch-export", "--out", str(path), "--transductive"])
+    said = capsys.readouterr().out
+    assert f"{path} equals the model on random images." in said
+    assert "It takes images (B, 3, 10, 10) uint8 and gives probabilities (B, 3)" in said
+    main(["export", "--adapted", str(model), "--format", "torchscript"])
+    assert "It takes images (1, 3, 10, 10) uint8" in capsys.readouterr().out
+    assert (model / "model.pt").is_file()
+    assert "exists already" in fails("export", "--adapted", str(model), "--format", "torchscript", code=1)
+    assert "invalid choice: 'tflite'" in fails("export", "--adapted", str(model), "--format", "tflite")
+    assert json.loads((model / "model.json").read_text())["classes"] == ["new20", "new21", "new22"]
