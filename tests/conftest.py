@@ -38,6 +38,12 @@ def omniglot_root() -> Path:
     return shared_data("omniglot")
 
 
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """A hundred images of each class of CIFAR-FS, as a zip."""
+    return shared_data("cifar_fs") / "cifar_fs_100.zip"
+
+
 class SmallConv(nn.Module):
     """A small classifier with batch norm, quick in float64."""
 

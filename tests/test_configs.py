@@ -35,9 +35,26 @@ def kind_of(config: str) -> str:
     return max((kind for kind in RULES if name == kind or name.endswith(f"_{kind}")), key=len)
 
 
-# The released runs on Omniglot (Nichol et al. 2018, appendix A).
-RELEASED = ("inner lr", "inner_steps", "inner_batch_size", "train_shots", "max_steps", "eval_inner_batch_size")
-RELEASED_RUNS = {5: (1e-3, 5, 10, 10, 100_000, 5), 20: (5e-4, 10, 20, 10, 200_000, 10)}
+# The folders of configs: their datamodule, and what their first lines begin with.
+DATA_SETS = {
+    "sinusoid": ("Sinusoid", ""),
+    "omniglot": ("Omniglot", "Omniglot "),
+    "glyphs": ("Glyph", "Glyphs "),
+    "mini_imagenet": ("MiniImageNet", "Mini-ImageNet "),
+    "cifar_fs": ("CIFARFS", "CIFAR-FS "),
+    "fc100": ("FC100", "FC100 "),
+    "image_folder": ("ImageFolder", "Your own images "),
+    "taskset": ("Taskset", "Omniglot "),
+}
+
+# The released Reptile runs (Nichol et al. 2018, appendix A), by the network's filters, ways and shots.
+RELEASED = ("inner lr", "inner_steps", "inner_batch_size", "train_shots", "eval_inner_batch_size")
+RELEASED_RUNS = {
+    (64, 5): ((1e-3, 5, 10, 10, 5), 100_000),
+    (64, 20): ((5e-4, 10, 20, 10, 10), 200_000),
+    (32, 5): ((1e-3, 8, 10, 15, None), 100_000),  # Mini-ImageNet, where eval_inner_batch_size depends on the shots
+}
+SHORTER = {"quick_": 3000, "glyphs": 2000, "cifar_fs": 10_000, "fc100": 10_000, "image_folder": 10_000, "taskset": 3000}
 COMPLETE = {
     "seed_everything": (),
     "model": (
@@ -55,16 +72,18 @@ def load(config: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def omniglot_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images are decoded once for all configs."""
-    return tmp_path_factory.mktemp("omniglot_cache")
+    return tmp_path_factory.mktemp("cache")
 
 
 def test_every_row_of_the_published_table_has_its_config() -> None:
     rows = {f"omniglot/{w}way_{s}shot_{rule}.yaml" for w in (5, 20) for s in (1, 5) for rule in TABLE}
     assert len(rows) == 12
     assert rows <= set(CONFIGS)
+    assert {f"mini_imagenet/5way_{s}shot_{rule}.yaml" for s in (1, 5) for rule in TABLE} <= set(CONFIGS)
     assert {f"sinusoid/{rule}.yaml" for rule in RULES} <= set(CONFIGS)
+    assert {config.partition("/")[0] for config in CONFIGS} == set(DATA_SETS)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -86,21 +105,24 @@ def test_a_config_is_complete_by_itself(config: str) -> None:
 def test_a_config_is_what_its_name_says(config: str) -> None:
     content = load(config)
     data, model, trainer = content["data"]["init_args"], content["model"], content["trainer"]
-    rule = kind_of(config)
+    rule, folder = kind_of(config), config.partition("/")[0]
     assert model["rule"]["class_path"] == RULES[rule]
     assert trainer["logger"]["init_args"]["name"] == config.removesuffix(".yaml")
-    dataset = {"omniglot": "Omniglot", "sinusoid": "Sinusoid"}[config.partition("/")[0]]
-    assert content["data"]["class_path"] == f"fomal.data.{dataset}DataModule"
-    if dataset == "Sinusoid":
+    data_set, title = DATA_SETS[folder]
+    assert content["data"]["class_path"] == f"fomal.data.{data_set}DataModule"
+    if folder == "sinusoid":
         return
-    quick, ways, shots = re.search(r"/(quick_)?(\d+)way_(\d+)shot_", config).groups()
+    quick, ways, shots = re.search(r"/(quick_|omniglot_)?(\d+)way_(\d+)shot_", config).groups()
     assert (data["ways"], data["shots"]) == (int(ways), int(shots))
-    assert model["network"]["init_args"]["ways"] == int(ways)
-    assert f"Omniglot {ways}-way {shots}-shot" in (configs_dir() / config).read_text().splitlines()[0]
+    network = model["network"]["init_args"]
+    assert network["ways"] == int(ways)
+    assert f"{title}{ways}-way {shots}-shot" in (configs_dir() / config).read_text().splitlines()[0]
     if rule == "reptile":
-        found = {**model, **data, **trainer, "inner lr": model["inner_optimizer"]["init_args"]["lr"]}
-        expected = dict(zip(RELEASED, RELEASED_RUNS[int(ways)], strict=True)) | ({"max_steps": 3000} if quick else {})
-        assert {key: found[key] for key in RELEASED} == expected
+        expected, full = RELEASED_RUNS[network.get("filters", 64), int(ways)]
+        expected = [*expected[:-1], expected[-1] or (5 if shots == "1" else 15)]
+        found = {**model, **data, "inner lr": model["inner_optimizer"]["init_args"]["lr"]}
+        assert [found[key] for key in RELEASED] == expected
+        assert trainer["max_steps"] == next((n for part, n in SHORTER.items() if part in config), full)
         assert (model["inner_optimizer"]["init_args"]["beta1"], model["eval_inner_steps"]) == (0, 50)
         assert (model["outer_optimizer"]["init_args"]["lr"], model["outer_final"]) == (1, 0)
     elif rule in TABLE:  # full batches
@@ -108,21 +130,29 @@ def test_a_config_is_what_its_name_says(config: str) -> None:
         assert model["eval_inner_batch_size"] == int(ways) * data["shots"]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+# Data that is not at hand: the taskset's own tests run its config, Mini-ImageNet's and FC100's theirs their datamodule.
+AT_HAND = ("sinusoid", "omniglot", "glyphs", "cifar_fs", "fc100", "image_folder")
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.partition("/")[0] in AT_HAND])
 def test_a_config_runs(
     config: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = ["--data.meta_batch_size=2", "--data.val_tasks=1", "--model.eval_inner_steps=2"]
     fast += ["--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    if config.startswith("omniglot"):
-        root, cache = (request.getfixturevalue(name) for name in ("omniglot_root", "omniglot_cache"))
+    folder = config.partition("/")[0]
+    if folder not in ("sinusoid", "glyphs"):
+        cache = request.getfixturevalue("cache")
+        root = request.getfixturevalue("omniglot_root" if folder == "omniglot" else "cifar_root")
         fast += [f"--data.root={root}", f"--data.cache_dir={cache}", "--data.query_shots=1"]
+    if folder == "image_folder":
+        fast += ["--data.image_size=16", "--model.network.image_size=16"]  # ten thousand images are soon decoded
     monkeypatch.chdir(tmp_path)
     cli = main(["fit", "--config", config, "--trainer.fast_dev_run", "2", *fast])
     assert cli.trainer.global_step == 2
     figures = cli.trainer.callback_metrics
     assert figures["train/loss_last_step"].isfinite()
-    name = "val/accuracy" if config.startswith("omniglot") else "val/loss"
+    name = "val/loss" if folder == "sinusoid" else "val/accuracy"
     assert figures[name].isfinite()
     assert all(p.isfinite().all() for p in cli.model.network.parameters())
     assert not list(tmp_path.iterdir())  # a trial leaves nothing
@@ -158,7 +188,7 @@ def test_every_run_of_a_shipped_experiment_is_complete(name: str, capsys: pytest
 
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_method_of_a_shipped_experiment_runs(
-    name: str, tmp_path: Path, omniglot_root: Path, omniglot_cache: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, omniglot_root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = read_experiment(name)
@@ -169,7 +199,7 @@ def test_every_method_of_a_shipped_experiment_runs(
         "--data.val_tasks=1",
         "--data.meta_batch_size=1",
     ]
-    fast += [f"--data.root={omniglot_root}", f"--data.cache_dir={omniglot_cache}"]
+    fast += [f"--data.root={omniglot_root}", f"--data.cache_dir={cache}"]
     for run in {point.method: point.run for point in experiment.points}.values():  # the last of each method
         cli = main(["fit", "--config", experiment.base, "--config", yaml.safe_dump(run.overrides(tmp_path, 0)), *fast])
         assert cli.trainer.global_step == 2

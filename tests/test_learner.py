@@ -20,7 +20,8 @@ class Blobs(ImageDataModule):
     """Random images: each class has a pattern of its own, each image noise on it."""
 
     def __init__(self, **settings):
-        super().__init__(**{"ways": 3, "shots": 2, "train_shots": 4, "meta_batch_size": 4, "rotations": True, **settings})
+        defaults = {"ways": 3, "shots": 2, "train_shots": 4, "meta_batch_size": 4, "rotations": True}
+        super().__init__(**{**defaults, **settings})
 
     def load(self):
         generator = torch.Generator().manual_seed(0)
