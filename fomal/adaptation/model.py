@@ -30,7 +30,7 @@ ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 """A file, an image of Pillow's, an array (H, W) or (H, W, C) uint8, or a tensor (C, H, W) uint8."""
 
 _FORMAT = 1  # of the folder
-_TOGETHER = 64  # images predicted at once, each with the support set
+_TOGETHER = 256  # images in a forward pass, where each to be predicted brings the support set along
 
 
 class Predictions(NamedTuple):
@@ -103,8 +103,9 @@ class Adapted:
         logits = [torch.empty(1, 0, len(self.classes))]
         if transductive:
             logits.append(objective.predict(params, self._inputs(images)[None]))
-        for start in range(0, 0 if transductive else len(images), _TOGETHER):
-            x = self._inputs(images[start : start + _TOGETHER])
+        few = max(1, _TOGETHER // (1 + len(support)))
+        for start in range(0, 0 if transductive else len(images), few):
+            x = self._inputs(images[start : start + few])
             logits.append(objective.predict_alone(params, support[None], x[None]))
         probabilities = torch.cat([part.float().cpu() for part in logits], 1)[0].softmax(-1)
         return Predictions([self.classes[i] for i in probabilities.argmax(-1).tolist()], probabilities)

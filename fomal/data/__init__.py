@@ -3,18 +3,22 @@
 from fomal.data.cifar_fs import CIFARFSDataModule, FC100DataModule
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
+from fomal.data.glyphs import GlyphDataModule
 from fomal.data.image_folder import ImageFolderDataModule
 from fomal.data.mini_imagenet import MiniImageNetDataModule
 from fomal.data.omniglot import OmniglotDataModule
 from fomal.data.sinusoid import SinusoidDataModule
+from fomal.data.taskset import TasksetDataModule
 
 __all__ = [
     "CIFARFSDataModule",
     "Episode",
     "EpisodeDataModule",
     "FC100DataModule",
+    "GlyphDataModule",
     "ImageFolderDataModule",
     "MiniImageNetDataModule",
     "OmniglotDataModule",
     "SinusoidDataModule",
+    "TasksetDataModule",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Variant = Callable[[Tensor], Tensor]
-"""Images (n, M, C, H, W) uint8 of n classes to the same of other classes."""
+"""Images (n, C, H, W) uint8, each by itself, to the same of other classes."""
 
 
 class Turned:
@@ -19,7 +19,7 @@ class Turned:
         self.turns = turns
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, M, C, H, W), of square images."""
+        """(n, C, H, W), of square images."""
         return x.rot90(self.turns, (-2, -1))
 
 
@@ -35,9 +35,9 @@ class Drawn:
         self.transform, self.seed = transform, seed
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, M, C, H, W)."""
+        """(n, C, H, W)."""
         with _own_generator():
-            return torch.stack([transformed(self.transform, images, self.seed) for images in x])
+            return torch.cat([transformed(self.transform, image[None], self.seed) for image in x])
 
 
 def augmented(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR100
 
 from fomal.data.image_files import ImageFilesDataModule
-from fomal.data.listing import Listed, Listing, by_folders
+from fomal.data.listing import Listed, Listing, by_folders, enumerated
 from fomal.data.partition import partition
 from fomal.data.source import ArraySource, Source, open_source
 
@@ -71,6 +71,7 @@ class CIFARFSDataModule(ImageFilesDataModule):
         kwargs: likewise.
     """
 
+    one_class_each = False  # used as published; CIFAR-100 has pictures more than once
     published: ClassVar[Mapping[str, Sequence[str]]] = CIFAR_FS
 
     def __init__(
@@ -81,8 +82,9 @@ class CIFARFSDataModule(ImageFilesDataModule):
 
     def prepare_data(self) -> None:
         """Download what is missing, and build the cache; once per machine."""
-        if self.download and not Path(self.root).expanduser().is_file():
-            download_cifar(Path(self.root).expanduser())
+        path = Path(self.root).expanduser()
+        if self.download and not (path.exists() and open_source(self.root).images):
+            download_cifar(path)
         super().prepare_data()
 
     def find(self) -> tuple[Source, Listing]:
@@ -90,6 +92,7 @@ class CIFARFSDataModule(ImageFilesDataModule):
 
         Raises:
             FileNotFoundError: there is neither CIFAR-100 nor a folder for each class.
+            ValueError: CIFAR-100 is damaged, or there is no folder for some class.
         """
         path = Path(self.root).expanduser()
         if (path / CIFAR100.base_folder).is_dir():
@@ -102,7 +105,11 @@ class CIFARFSDataModule(ImageFilesDataModule):
             )
         else:
             listing = by_folders(source)
-        smallest = min(Counter(file.label for file in listing.files).values())
+        images = Counter(file.label for file in listing.files)
+        missing = [label for labels in self.published.values() for label in labels if label not in images]
+        if missing:
+            raise ValueError(f"root={self.root!r} lacks classes of CIFAR-100: {enumerated(missing)}; add them.")
+        smallest = min(images.values())
         if smallest < IMAGES:
             rank_zero_info(f"{self.root} has classes of {smallest} images; as published, each has {IMAGES}.")
         return source, listing

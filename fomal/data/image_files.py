@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 
 from fomal.checks import nonnegative, one_of
 from fomal.data.image_format import Color, Fit, ImageFormat, Resample
@@ -45,8 +46,10 @@ class ImageFilesDataModule(ImageDataModule):
 
     Attributes:
         class_names: the names of each split's classes, before `rotations` and `new_classes`; after `setup`.
+        one_class_each: whether one image in two classes is a fault.
     """
 
+    one_class_each: ClassVar[bool] = True
     class_names: dict[str, list[str]]
     image_format: ImageFormat
 
@@ -70,7 +73,7 @@ class ImageFilesDataModule(ImageDataModule):
         nonnegative(cache_gb=cache_gb)
         one_of(("raise", "skip"), on_error=on_error)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        values = tuple(mean or (0.0,)), tuple(std or (1.0,))
+        values = mean or (0.0,), std or (1.0,)
         self.image_format = ImageFormat(height, width, color, fit, resample, background, max_pixels, *values)
         self.root = root
         self.cache_dir = cache_dir
@@ -97,12 +100,15 @@ class ImageFilesDataModule(ImageDataModule):
         source, listing = self.find()
         store, kept = self._load_images(source, listing)
         if not kept:
-            raise ValueError(f"root={source.where!r} has no image that can be used.")
+            raise ValueError(f"{source.label} has no image that can be used.")
         files = [listing.files[i] for i in kept]
         counts = Counter(file.label for file in files)  # files of a class follow each other
         everything = ClassImages.of(store.images, torch.tensor(list(counts.values())), torch.tensor(kept))
         place = {label: i for i, label in enumerate(counts)}
-        self.class_names = self.divide(files)
+        # Divided are all classes, so that it does not depend on damage which of them are trained on.
+        divided = self.divide(listing.files)
+        left = {split: [label for label in labels if label in place] for split, labels in divided.items()}
+        self.class_names = {split: labels for split, labels in left.items() if labels}
         return {
             split: everything.select(torch.tensor([place[label] for label in labels]))
             for split, labels in self.class_names.items()
@@ -112,33 +118,54 @@ class ImageFilesDataModule(ImageDataModule):
         """The images, and which of the files can be used."""
         names = [file.name for file in listing.files]
         store = load_images(source, names, self.image_format, self.cache_dir, self.cache_gb, verify)
-        problems = store.problems | _in_two_classes(store, listing.files)
-        left = {file.label for file in listing.files if file.name not in problems}
-        empty = sorted({*listing.empty, *(file.label for file in listing.files)} - left)
-        report(source.where, problems, empty, self.on_error)
-        return store, [i for i, name in enumerate(names) if name not in problems]
+        digests = store.digests if self.one_class_each else None
+        return store, usable(source, listing, store.problems, digests, self.on_error)
 
 
-def _in_two_classes(store: Store, files: Sequence[Listed]) -> dict[str, str]:
+def usable(
+    source: Source, listing: Listing, problems: Mapping[str, str], digests: NDArray[np.uint8] | None, on_error: str
+) -> list[int]:
+    """Which of the listed files can be used: those without a problem that are in one class alone.
+
+    Args:
+        source: the files.
+        listing: their classes.
+        problems: what is wrong with files, by name.
+        digests: (N, 16), equal for files of equal content; None where one image may be in two classes.
+        on_error: "raise" or "skip".
+
+    Raises:
+        ValueError: with "raise", some cannot, or a class has none.
+    """
+    twice = {} if digests is None else _in_two_classes(listing.files, digests, problems)
+    wrong = {**problems, **twice}
+    left = {file.label for file in listing.files if file.name not in wrong}
+    empty = sorted({*listing.empty, *(file.label for file in listing.files)} - left)
+    report(source.label, wrong, empty, on_error)
+    return [i for i, file in enumerate(listing.files) if file.name not in wrong]
+
+
+def _in_two_classes(files: Sequence[Listed], digests: NDArray[np.uint8], problems: Container[str]) -> dict[str, str]:
     """Files of equal content in different classes, by name, with what is wrong."""
-    _, inverse, counts = np.unique(store.digests, axis=0, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
     groups: dict[int, list[Listed]] = {}
     for row in (counts[inverse] > 1).nonzero()[0].tolist():
-        groups.setdefault(int(inverse[row]), []).append(files[int(store.kept[row])])
-    problems = {}
+        if files[row].name not in problems:
+            groups.setdefault(int(inverse[row]), []).append(files[row])
+    found = {}
     for group in groups.values():
         for file in group:
             others = [other for other in group if other.label != file.label]
             if others:
-                problems[file.name] = f"the same image as {others[0].name}, of another class"
-    return problems
+                found[file.name] = f"the same image as {others[0].name}, of another class"
+    return found
 
 
 def report(where: str, problems: dict[str, str], empty: Sequence[str], on_error: str) -> None:
     """Raise ValueError, or warn, about files that cannot be used and classes without a file.
 
     Args:
-        where: what to call their source.
+        where: what to call their source, e.g. its `label`.
         problems: what is wrong with which file.
         empty: the classes.
         on_error: "raise" or "skip".
@@ -148,7 +175,7 @@ def report(where: str, problems: dict[str, str], empty: Sequence[str], on_error:
     if not wrong:
         return
     more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    what = f"root={where!r} has {len(wrong)} that cannot be used: {'; '.join(wrong[:_SHOWN])}{more}"
+    what = f"{where} has {len(wrong)} that cannot be used: {'; '.join(wrong[:_SHOWN])}{more}"
     if on_error == "raise":
         raise ValueError(f"{what}: mend or remove them, or set on_error: skip to leave them out.")
     rank_zero_warn(f"{what}: they are left out.")

@@ -58,13 +58,13 @@ class ClassImages(NamedTuple):
     def take(self, classes: Tensor, members: Tensor) -> Tensor:
         """Images `members` (T, W, M) of `classes` (T, W), varied as the classes ask: (T, W, M, C, H, W) uint8."""
         index = self.rows[self.first[classes][..., None] + members]  # (T, W, M)
-        x = self.images[index.flatten()].view(*index.shape, *self.images.shape[1:])  # (T, W, M, C, H, W)
+        x = self.images.index_select(0, index.flatten()).view(*index.shape, *self.images.shape[1:])
         wanted = self.variant[classes]  # (T, W)
         for number, variant in enumerate(self.variants, 1):
             here = wanted == number  # (T, W)
-            if here.any():
-                x[here] = variant(x[here])
-        return x
+            if here.any() and index.numel():
+                x[here] = variant(x[here].flatten(0, 1)).view(-1, *x.shape[2:])
+        return x  # (T, W, M, C, H, W)
 
 
 class ImageDataModule(EpisodeDataModule):
@@ -148,16 +148,18 @@ class ImageDataModule(EpisodeDataModule):
         classes = self.classes[split]
         shots, query_shots = self.examples(split)
         chosen, members = choose(self.seed, place, number, classes.counts, self.ways, shots + query_shots)
-        x = classes.take(chosen, members)  # (T, W, K + Q, C, H, W)
         if split == "train" and (self.class_transforms or self.image_transforms):
             words = augment_words(self.seed, place, number, self.ways * (1 + shots + query_shots))
             words = words.view(len(number), self.ways, -1)  # (T, W, 1 + K + Q)
-            x = augmented(x, words, self.class_transforms, self.image_transforms)
+            x = augmented(classes.take(chosen, members), words, self.class_transforms, self.image_transforms)
+            support, query = x[:, :, :shots], x[:, :, shots:]  # (T, W, K or Q, C, H, W)
+        else:
+            support, query = (classes.take(chosen, part) for part in (members[..., :shots], members[..., shots:]))
         label = torch.arange(self.ways)
         return Episode(
-            support_x=x[:, :, :shots].flatten(1, 2),
+            support_x=support.flatten(1, 2),
             support_y=label.repeat_interleave(shots).expand(len(number), -1),
-            query_x=x[:, :, shots:].flatten(1, 2),
+            query_x=query.flatten(1, 2),
             query_y=label.repeat_interleave(query_shots).expand(len(number), -1),
             number=number,
             ways=self.ways,

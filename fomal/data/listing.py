@@ -32,7 +32,7 @@ class Listing(NamedTuple):
 
     Attributes:
         files: sorted by label and name.
-        empty: folders of classes without a file.
+        empty: folders of classes without an image.
     """
 
     files: list[Listed]
@@ -52,7 +52,7 @@ def by_folders(source: Source) -> Listing:
     if not images or outside:
         found = f"images outside any folder, e.g. {outside[0]!r}" if outside else "no images"
         raise ValueError(
-            f"root={source.where!r} has {found}: put the images of each class into a folder of its name, "
+            f"{source.label} has {found}: put the images of each class into a folder of its name, "
             f"or name their classes in a CSV file, data.labels."
         )
     top = _common_top(source)
@@ -65,7 +65,7 @@ def by_folders(source: Source) -> Listing:
         label = "/".join(folder[1:] if split else folder)
         if splits and (not split or not label):
             raise ValueError(
-                f"root={source.where!r} has folders {', '.join(sorted(splits))}, but also {name!r}: "
+                f"{source.label} has folders {', '.join(sorted(splits))}, but also {name!r}: "
                 f"every image must lie in a class folder of one of them."
             )
         files.append(Listed(name, label, split))
@@ -90,14 +90,26 @@ def _refuse_nested(labels: set[str], source: Source) -> None:
         for parent in PurePosixPath(label).parents:
             if str(parent) in labels:
                 raise ValueError(
-                    f"root={source.where!r} has images in {str(parent)!r} and in {label!r} within it: "
+                    f"{source.label} has images in {str(parent)!r} and in {label!r} within it: "
                     f"move them, so that each class is one folder."
                 )
 
 
 def _empty_folders(source: Source) -> list[str]:
-    used = {str(parent) for name in source.names for parent in PurePosixPath(name).parents}
-    return [folder for folder in source.folders if folder not in used]
+    """Folders without any file, and those beside classes that hold none of a known suffix."""
+    holding, classes = _folders_of(source.names), _folders_of(source.images)
+    beside = {name.rpartition("/")[0].rpartition("/")[0] for name in source.images}
+    return [
+        folder
+        for folder in source.folders
+        if folder not in holding or (folder not in classes and folder.rpartition("/")[0] in beside)
+    ]
+
+
+def _folders_of(names: Iterable[str]) -> set[str]:
+    """The folders that the files lie in, however deep."""
+    nearest = {name.rpartition("/")[0] for name in names}
+    return nearest | {str(parent) for folder in nearest for parent in PurePosixPath(folder).parents}
 
 
 def by_csv(source: Source, labels: str) -> Listing:
@@ -115,7 +127,7 @@ def by_csv(source: Source, labels: str) -> Listing:
     if not path.is_file() and (below := Path(source.where).expanduser() / path).is_file():
         path = below
     if not path.is_file():
-        raise FileNotFoundError(f"labels={labels!r} is neither a file nor one in root={source.where!r}.")
+        raise FileNotFoundError(f"labels={labels!r} is neither a file nor one in {source.label}.")
     return read_csv(source, path.read_bytes(), str(path))
 
 
@@ -127,18 +139,20 @@ def read_csv(source: Source, content: bytes, where: str, split: str = "", below:
         content: of the CSV file.
         where: what to call it in messages.
         split: of all rows, where the file has no column for it.
-        below: folder of the source that the file names are relative to.
+        below: folder of the source that has the file; names are relative to it, to the one that it lies in, or to a
+            folder images/ in either.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"labels={where!r} is not a CSV file in UTF-8: {error}") from error
-    lacking = [column for column in ("filename", "label") if not rows or column not in rows[0]]
+    lacking = [column for column in ("filename", "label") if column not in (reader.fieldnames or ())]
     if lacking:
         raise ValueError(f"labels={where!r} has no {' and no '.join(lacking)}: give it the columns filename,label.")
-    top = _csv_top(source, [row["filename"] or "" for row in rows], f"{below}/" if below else "")
+    top = _csv_top(source, [row["filename"] or "" for _, row in rows], below)
     files = []
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         name, label, part = row["filename"], row["label"], row.get("split") or split
         if not name or not label or not label.strip() or None in row:
             raise ValueError(f"labels={where!r}, line {number}: it needs a filename and a label.")
@@ -151,9 +165,11 @@ def read_csv(source: Source, content: bytes, where: str, split: str = "", below:
 
 
 def _csv_top(source: Source, names: list[str], below: str) -> str:
-    """The folder that the file names are relative to: `below`, or images/ in it."""
-    there = set(source.names)
-    return max((below, f"{below}images/"), key=lambda top: sum(top + name in there for name in names))
+    """The folder that the file names are relative to: that which has most of them."""
+    there, folder = set(source.names), PurePosixPath(below)
+    folders = (folder, folder / "images", folder.parent, folder.parent / "images")
+    tops = ["" if top == PurePosixPath() else f"{top}/" for top in folders]
+    return max(tops, key=lambda top: sum(top + name in there for name in names))
 
 
 def _known(files: list[Listed], source: Source, where: str) -> list[Listed]:
@@ -167,7 +183,7 @@ def _known(files: list[Listed], source: Source, where: str) -> list[Listed]:
             )
     missing = [file.name for file in files if file.name not in there]
     if missing:
-        raise ValueError(f"labels={where!r} names files that root={source.where!r} lacks: {enumerated(missing)}.")
+        raise ValueError(f"labels={where!r} names files that {source.label} lacks: {enumerated(missing)}.")
     return files
 
 
@@ -175,15 +191,20 @@ def _listing(files: list[Listed], empty: list[str], source: Source) -> Listing:
     """Sorted, and class names in one normal form; classes that differ in nothing else are refused."""
     spellings: dict[str, str] = {}
     for i, file in enumerate(files):
-        label = unicodedata.normalize("NFC", file.label)
+        label = normal(file.label)
         before = spellings.setdefault(label, file.label)
         if before != file.label:
             raise ValueError(
-                f"root={source.where!r} has two classes with one name, {label!r}, which differ in how its letters are "
+                f"{source.label} has two classes with one name, {label!r}, which differ in how its letters are "
                 f"encoded ({before!a} and {file.label!a}): put their images into one."
             )
         files[i] = file._replace(label=label)
     return Listing(sorted(files, key=lambda file: (file.label, file.name)), empty)
+
+
+def normal(name: str) -> str:
+    """A class's name in Unicode's composed form: file systems differ in that they keep."""
+    return unicodedata.normalize("NFC", name)
 
 
 def enumerated(names: Iterable[str], shown: int = 5) -> str:

@@ -7,6 +7,7 @@ import importlib
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class MiniImageNetDataModule(ImageFilesDataModule):
         fit: likewise; the released code stretches.
         kwargs: likewise.
     """
+
+    one_class_each = False  # used as published
 
     def __init__(
         self,
@@ -177,7 +180,8 @@ def read_pickles(paths: Mapping[str, Path], cache_dir: str | None) -> tuple[Sour
     if about is None:
         parts = [_read_pickle(path) for path in paths.values()]
         about = _table(dict(zip(paths, parts, strict=True)))
-        write_arrays(table, about)
+        with suppress(OSError):  # load_images warns of a cache that cannot be written
+            write_arrays(table, about)
     names, rows = about["names"].tolist(), about["rows"].tolist()
 
     def load() -> list[NDArray[np.uint8]]:
@@ -207,21 +211,19 @@ def _read_pickle(path: Path) -> _Part:
             content = load_pickle(file)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} cannot be used: {error}; fetch it anew.") from error
-    images = content.get("image_data") if isinstance(content, dict) else None
-    places = content.get("class_dict") if isinstance(content, dict) else None
-    if (
-        not isinstance(images, np.ndarray)
-        or images.ndim != 4
-        or images.dtype != np.uint8
-        or not isinstance(places, dict)
-    ):
+    try:
+        images, places = content["image_data"], content["class_dict"]
+        plain = {str(label): [int(place) for place in members] for label, members in places.items()}
+        good = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    except (AttributeError, LookupError, TypeError, ValueError):  # other objects
+        good = False
+    if not good:
         raise ValueError(
             f"{path} cannot be used: it has no image_data (N, H, W, 3) uint8 and class_dict of places; fetch it anew."
         )
-    plain = {str(label): [int(place) for place in members] for label, members in places.items()}
     if any(not 0 <= place < len(images) for members in plain.values() for place in members):
         raise ValueError(f"{path} cannot be used: its class_dict names images that it lacks; fetch it anew.")
-    return _Part(images, plain)
+    return _Part(np.asarray(images), plain)
 
 
 def download_pickles(folder: Path) -> None:

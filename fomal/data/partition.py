@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from fomal.data.listing import Listed, enumerated
+from fomal.data.listing import Listed, enumerated, normal
 from fomal.data.sampler import SPLITS, shuffled
 
 How = Literal["auto", "given", "lists", "share"]
@@ -70,7 +72,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 def _listed(there: set[str], lists: Mapping[str, ClassList]) -> dict[str, list[str]]:
     splits = {}
     for split, names in lists.items():
-        names = _read_list(names, split) if isinstance(names, str) else list(names or ())
+        names = [normal(name) for name in (_read_list(names, split) if isinstance(names, str) else names or ())]
         unknown = [name for name in names if name not in there]
         if unknown:
             raise ValueError(
@@ -95,7 +97,7 @@ def _read_list(path: str, split: str) -> list[str]:
 
 
 def _shared(names: list[str], shares: tuple[float, float], seed: int) -> dict[str, list[str]]:
-    val, test = (-int(-share * len(names) // 1) for share in shares)  # rounded up
+    val, test = (math.ceil(Fraction(str(share)) * len(names)) for share in shares)  # 0.07 of 100 is 7, not 8
     if val + test >= len(names):
         raise ValueError(
             f"val_share={shares[0]} and test_share={shares[1]} leave none of the {len(names)} classes for training: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", 
 LARGEST_RATIO = 100
 """How many times its compressed size a member of a zip may have; images hardly compress."""
 _SMALL = 2**20  # bytes; a member no larger than this is no bomb, whatever its ratio: drawings do compress
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of others zipfile inflates without a bound
 _NOT_DATA = ("__MACOSX",)  # what macOS puts beside the files of a zip
 
 Content = bytes | NDArray[np.uint8]
@@ -26,14 +28,21 @@ class Source(ABC):
     """Files by name: paths relative to the source's root, with forward slashes.
 
     Attributes:
-        where: what to call the source in messages.
+        where: its path.
+        setting: the argument that it was given as, for messages.
         names: sorted names of all files, hidden ones left out.
         folders: sorted names of all folders below the root.
     """
 
     where: str
+    setting: str = "root"
     names: list[str]
     folders: list[str]
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages, e.g. root='data/images'."""
+        return f"{self.setting}={self.where!r}"
 
     @abstractmethod
     def read(self, name: str) -> Content:
@@ -56,19 +65,16 @@ class Source(ABC):
 class FolderSource(Source):
     """A folder; links in it are followed, as far as they do not run in circles."""
 
-    def __init__(self, root: Path) -> None:
-        self.where = str(root)
+    def __init__(self, root: Path, setting: str = "root") -> None:
+        self.where, self.setting = str(root), setting
         self.root = root
         self.names, self.folders = [], []
-        seen: set[tuple[int, int]] = set()
+        chains = {str(root): {_identity(root)}}  # of each folder, itself and those that it lies in
         for path, folders, files in os.walk(root, followlinks=True):
-            about = os.stat(path)
-            if (about.st_dev, about.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            folders[:] = [name for name in folders if not _is_hidden(name)]
-            place = Path(path).relative_to(root)
+            chain, place = chains.pop(path), Path(path).relative_to(root)
+            inside = {name: _identity(Path(path, name)) for name in folders if not _is_hidden(name)}
+            folders[:] = [name for name, identity in inside.items() if identity not in chain]
+            chains |= {os.path.join(path, name): chain | {inside[name]} for name in folders}
             self.folders += [(place / name).as_posix() for name in folders]
             self.names += [(place / name).as_posix() for name in files if not _is_hidden(name)]
         self.names.sort()
@@ -87,36 +93,66 @@ class FolderSource(Source):
         return about.st_size, about.st_mtime_ns
 
 
+class FileSource(Source):
+    """Files by their paths, as given.
+
+    Raises:
+        FileNotFoundError: one does not exist.
+    """
+
+    def __init__(self, paths: Sequence[str], setting: str = "root") -> None:
+        lacking = [path for path in paths if not Path(path).is_file()]
+        if lacking:
+            raise FileNotFoundError(f"{setting}={lacking[0]!r} does not exist: give files, or one folder or zip.")
+        self.where, self.setting = f"{len(paths)} files", setting
+        self.names, self.folders = list(dict.fromkeys(paths)), []
+
+    @property
+    def images(self) -> list[str]:
+        """All of them, whatever their names."""
+        return self.names
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        return Path(name).read_bytes()
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Size and time of change."""
+        about = Path(name).stat()
+        return about.st_size, about.st_mtime_ns
+
+
 class ZipSource(Source):
     """A zip, read member by member into memory.
 
     Raises:
         ValueError: it is no readable zip, or has a member with a name that leaves the root, a link, an encrypted
-            member, two members of one name, or one larger than `LARGEST_RATIO` times its compressed size.
+            member, two members of one name, one compressed by another method than deflate, or one larger than
+            `LARGEST_RATIO` times its compressed size.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.where = str(path)
+    def __init__(self, path: Path, setting: str = "root") -> None:
+        self.where, self.setting = str(path), setting
         self.path = path
         self._open: tuple[int, zipfile.ZipFile] | None = None
         try:
             members = self._zip().infolist()
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
-            raise ValueError(f"root={str(path)!r} is not a readable zip ({error}): fetch or make it anew.") from error
+            raise ValueError(f"{self.label} is not a readable zip ({error}): fetch or make it anew.") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         for member in members:
-            _refuse(member, path)
+            _refuse(member, self.label)
             name = member.filename.rstrip("/")
             if any(map(_is_hidden, name.split("/"))):
                 continue
+            folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
             if member.is_dir():
                 folders.add(name)
                 continue
             if name in self._members:
-                raise ValueError(f"root={str(path)!r} has two members {name!r}: make the zip anew, with one of them.")
+                raise ValueError(f"{self.label} has two members {name!r}: make the zip anew, with one of them.")
             self._members[name] = member
-            folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
         self.names = sorted(self._members)
         self.folders = sorted(folders)
 
@@ -135,8 +171,8 @@ class ZipSource(Source):
         try:
             with self._zip().open(member) as file:
                 return file.read(member.file_size)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-            raise OSError(f"damaged in the zip: {error}") from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
+            raise OSError(f"damaged in the zip: {str(error) or 'it ends too early'}") from error
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and checksum."""
@@ -178,8 +214,8 @@ class ArraySource(Source):
         return self.names
 
 
-def open_source(root: str) -> Source:
-    """The files of a folder or a zip.
+def open_source(root: str, setting: str = "root") -> Source:
+    """The files of a folder or a zip, given as the argument `setting`.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -187,29 +223,43 @@ def open_source(root: str) -> Source:
     """
     path = Path(root).expanduser()
     if path.is_dir():
-        return FolderSource(path)
+        return FolderSource(path, setting)
     if not path.is_file():
-        raise FileNotFoundError(f"root={root!r} does not exist: set data.root to a folder or a zip with the images.")
-    return ZipSource(path)
+        raise FileNotFoundError(f"{setting}={root!r} does not exist: give a folder or a zip with the images.")
+    return ZipSource(path, setting)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _NOT_DATA
 
 
-def _refuse(member: zipfile.ZipInfo, path: Path) -> None:
+def _identity(path: Path) -> tuple[int, int]:
+    """What is the same for a folder and links to it."""
+    about = path.stat()
+    return about.st_dev, about.st_ino
+
+
+def _is_foreign(path: str) -> bool:
+    """Whether it is absolute, or another system's path."""
+    return path.startswith("/") or "\\" in path or "\0" in path or ":" in path.partition("/")[0]
+
+
+def _refuse(member: zipfile.ZipInfo, label: str) -> None:
     """Raise ValueError for a member that no honest zip of images has."""
     name, wrong = member.orig_filename, ""
-    if name.startswith(("/", "\\")) or ":" in name.partition("/")[0] or "\\" in name or "\0" in name:
+    paths = name, member.filename  # the second from the field "Unicode path", where there is one
+    if any(map(_is_foreign, paths)):
         wrong = "has an absolute or a foreign path"
-    elif ".." in name.split("/"):
+    elif any(".." in path.split("/") for path in paths):
         wrong = "leaves the zip's root"
     elif stat.S_ISLNK(member.external_attr >> 16):
         wrong = "is a link"
     elif member.flag_bits & 1:
         wrong = "is encrypted"
+    elif member.compress_type not in _METHODS:
+        wrong = "is compressed by another method than deflate"
     elif member.file_size > max(_SMALL, LARGEST_RATIO * member.compress_size):
         ratio = member.file_size / max(member.compress_size, 1)
         wrong = f"inflates to {ratio:.0f} times its size, more than {LARGEST_RATIO}"
     if wrong:
-        raise ValueError(f"root={str(path)!r}: its member {name!r} {wrong}; nothing of this zip is used.")
+        raise ValueError(f"{label}: its member {name!r} {wrong}; nothing of this zip is used.")

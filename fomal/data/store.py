@@ -30,6 +30,7 @@ from fomal.data.source import Source
 T = TypeVar("T")
 
 _FORMAT = 1  # raise it when what is cached, or how it is made, changes
+_UNREAD = "cannot be read: "  # how a problem begins that may pass without a change of the file
 _CHUNK = 256  # images decoded between two writes; bounds memory
 
 
@@ -50,15 +51,23 @@ class Decoding:
         """(N, C, H, W)."""
         return torch.Size((len(self.names), *_shape(self.image_format)))
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Images `index` (M,) int64 as (M, C, H, W) uint8.
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Images `index` (M,) int64 as (M, C, H, W) uint8; `dim` is 0, as that of a tensor of images would be.
 
         Raises:
             ValueError: a file cannot be decoded (any more).
         """
         places = index.tolist()
-        with _mapper(min(torch.get_num_threads(), len(places))) as each:
-            return torch.from_numpy(np.stack(list(each(self._decoded, places))))
+        pixels = np.empty((len(places), *_shape(self.image_format)), np.uint8)
+
+        def fill(rows: range) -> None:
+            for row in rows:
+                pixels[row] = self._decoded(places[row])
+
+        threads = min(torch.get_num_threads(), len(places))
+        with _mapper(threads) as each:
+            list(each(fill, [range(first, len(places), threads) for first in range(threads)]))
+        return torch.from_numpy(pixels)
 
     def _decoded(self, place: int) -> NDArray[np.uint8]:
         name = self.names[place]
@@ -72,15 +81,12 @@ class Store(NamedTuple):
     """The images of a source.
 
     Attributes:
-        images: (N, C, H, W) uint8, those that can be read, in the order of their names: memory-mapped, or decoded when
-            they are asked for.
-        kept: (N,) int64, their places among the names asked for.
-        digests: (N, 16), equal for files of equal content.
-        problems: what is wrong with the others, by name.
+        images: (N, C, H, W) uint8, memory-mapped, or decoded when they are asked for.
+        digests: (N, 16) uint8, equal for files of equal content.
+        problems: what is wrong with images that cannot be read, by name.
     """
 
     images: Tensor | Decoding
-    kept: Tensor
     digests: NDArray[np.uint8]
     problems: dict[str, str]
 
@@ -122,12 +128,12 @@ def load_images(
             assert cached is not None  # it has just been written, and the lock is held
             return cached
     except OSError as error:
+        reason = error.strerror or getattr(error.__cause__, "strerror", None) or error  # the cause: of write_arrays
         rank_zero_warn(
-            f"cache_dir={str(path.parent)!r} cannot be written ({error.strerror or error}): images are decoded when "
+            f"cache_dir={str(path.parent)!r} cannot be written ({reason}): images are decoded when "
             f"episodes need them; set data.cache_dir to a folder with more room."
         )
-    digests, problems = _scan(source, names, image_format, None)
-    return _store(Decoding(source, names, image_format), digests, problems, names)
+    return Store(Decoding(source, names, image_format), *scan(source, names, image_format))
 
 
 def fingerprint(source: Source, names: Sequence[str], image_format: ImageFormat) -> str:
@@ -149,8 +155,10 @@ def _load(
     if about is None:
         return None
     problems = dict(zip(about["problem_names"].tolist(), about["problem_texts"].tolist(), strict=True))
+    if any(text.startswith(_UNREAD) and _readable(source, name) for name, text in problems.items()):
+        return None
     if not fits:
-        return _store(Decoding(source, names, image_format), about["digests"], problems, names)
+        return Store(Decoding(source, names, image_format), about["digests"], problems)
     pixels, shape = path.with_suffix(".pixels"), (len(names), *_shape(image_format))
     if not pixels.is_file() or pixels.stat().st_size != np.prod(shape):
         return None
@@ -159,15 +167,15 @@ def _load(
         return None
     # Copy-on-write: torch has no read-only tensors.
     images = np.memmap(pixels, np.uint8, "c", shape=shape) if len(names) else np.zeros(shape, np.uint8)
-    return _store(torch.from_numpy(images), about["digests"], problems, names)
+    return Store(torch.from_numpy(images), about["digests"], problems)
 
 
-def _store(
-    images: Tensor | Decoding, digests: NDArray[np.uint8], problems: dict[str, str], names: Sequence[str]
-) -> Store:
-    """Without the images that have a problem; rows of a memory-mapped tensor stay where they are."""
-    kept = torch.tensor([i for i, name in enumerate(names) if name not in problems], dtype=torch.int64)
-    return Store(images, kept, digests[kept.numpy()], problems)
+def _readable(source: Source, name: str) -> bool:
+    try:
+        source.read(name)
+    except OSError:
+        return False
+    return True
 
 
 def _build(path: Path, source: Source, names: Sequence[str], image_format: ImageFormat, fits: bool) -> None:
@@ -185,7 +193,7 @@ def _build(path: Path, source: Source, names: Sequence[str], image_format: Image
     )
     try:
         with unfinished.open("wb") if fits else nullcontext() as file:
-            digests, problems = _scan(source, names, image_format, file)
+            digests, problems = scan(source, names, image_format, file)
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
@@ -195,20 +203,35 @@ def _build(path: Path, source: Source, names: Sequence[str], image_format: Image
         unfinished.unlink(missing_ok=True)
     about = {"digests": digests, "checksum": _checksum(pixels) if fits else 0}
     about |= {"problem_names": np.array(list(problems), "U"), "problem_texts": np.array(list(problems.values()), "U")}
-    write_arrays(path, about)
+    try:
+        write_arrays(path, about)
+    except OSError:
+        pixels.unlink(missing_ok=True)  # of no use without it, and the disk may be full
+        raise
 
 
-def _scan(
-    source: Source, names: Sequence[str], image_format: ImageFormat, out: BinaryIO | None
+def scan(
+    source: Source, names: Sequence[str], image_format: ImageFormat, out: BinaryIO | None = None
 ) -> tuple[NDArray[np.uint8], dict[str, str]]:
-    """Read and decode every file; write the pixels to `out`, zeros for what cannot be decoded."""
+    """Read and decode every file once.
+
+    Args:
+        source: the files.
+        names: which.
+        image_format: what they become.
+        out: where to write the pixels, zeros for what cannot be decoded.
+
+    Returns:
+        digests: (N, 16) uint8, equal for files of equal content.
+        problems: what is wrong with files that cannot be decoded, by name.
+    """
     blank = np.zeros(_shape(image_format), np.uint8)
 
     def one(name: str) -> tuple[bytes, NDArray[np.uint8] | str]:
         try:
             content = source.read(name)
         except OSError as error:
-            return bytes(16), f"cannot be read: {error.strerror or error}"
+            return bytes(16), f"{_UNREAD}{error.strerror or error}"
         digest = hashlib.blake2b(content if isinstance(content, bytes) else content.tobytes(), digest_size=16).digest()
         try:
             return digest, image_format.decode(content, name)

@@ -39,7 +39,8 @@ def test_adapt_writes_a_model_and_says_what_it_did(
     adapted = main([*arguments, "--steps", "3", "--optimizer", "SGD", "--optimizer.lr=0.01"])
     said = capsys.readouterr().out
     assert "Adapted to 3 classes with 9 images: new21 4, new20 3, new22 2." in said
-    assert "3 steps of 4 images; the loss of a mini-batch went from " in said
+    assert "3 steps of 4 images, so each was seen 1.3 times; the loss of a mini-batch went from " in said
+    assert "That is little: --steps 23 would make it 10." in said  # 9 images, 4 a step
     assert f"fomal classify --adapted {tmp_path / 'm'} --images DIR" in said
     assert adapted.about["adaptation"]["optimizer"] == "fomal.inner.sgd.SGD"
     assert Adapted.load(tmp_path / "m").classes == ["new20", "new21", "new22"]

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from fomal.data.augment import Turned
+from fomal.data.augment import Drawn, Turned
 from fomal.data.images import ClassImages, ImageDataModule
 
 
@@ -23,6 +24,21 @@ def test_take_gathers_and_turns_as_rot90_does(classes):
                 character, turns = divmod(int(chosen[t, w]), 4)
                 image = classes.images[classes.first[character] + members[t, w, m]]
                 assert torch.equal(taken[t, w, m], torch.rot90(image, turns, (-2, -1)))
+
+
+def test_classes_are_rows_of_the_images_in_any_order(classes):
+    rows = torch.tensor([7, 3, 11, 0, 5])
+    some = ClassImages.of(classes.images, torch.tensor([2, 3]), rows)
+    variants = [Turned(2), Drawn(v2.RandomVerticalFlip(1.0), 0)]
+    some = some.select(torch.tensor([1, 0])).varied(variants).select(torch.tensor([5, 0, 1, 3]))
+    assert some.counts.tolist() == [2, 3, 3, 2]
+    taken = some.take(torch.arange(4).view(1, 4), torch.tensor([[[0, 1], [2, 0], [1, 1], [1, 0]]]))[0]  # (4, 2, ...)
+    expected = [[7, 3], [5, 11], [0, 0], [3, 7]]
+    change = [lambda x: x.flip(-2), lambda x: x, lambda x: x.flip(-2, -1), lambda x: x]
+    for images, places, changed in zip(taken, expected, change, strict=True):
+        assert torch.equal(images, changed(classes.images[places]))
+    assert classes.images.shape == (13, 2, 4, 4)
+    assert not torch.equal(taken[0], classes.images[expected[0]])  # they are left as they were
 
 
 def test_episodes_hold_distinct_images_of_their_class(classes):
@@ -55,3 +71,22 @@ def test_tasks_larger_than_the_data_are_refused(classes, settings, message):
     data.classes = {"test": classes}
     with pytest.raises(ValueError, match=message):
         data.check_sizes()
+
+
+def test_turning_images_that_are_not_square_is_refused(classes):
+    class Wide(ImageDataModule):
+        def load(self):
+            return {"train": classes._replace(images=classes.images[..., :3])}
+
+    Wide(ways=2).setup()
+    with pytest.raises(ValueError, match="rotations=True needs square images, not 4 x 3: leave it out"):
+        Wide(ways=2, rotations=True).setup()
+
+
+def test_a_split_that_there_is_not_is_refused_when_it_is_asked_for(classes):
+    data = ImageDataModule(ways=2)
+    data.classes = {"train": classes, "val": classes}
+    data.check_sizes()
+    data.episodes("val", torch.arange(2)).check()
+    with pytest.raises(ValueError, match="the data have no test classes, only those of train, val: add some"):
+        data.episodes("test", torch.arange(2))

@@ -128,6 +128,33 @@ class OwnNorm(nn.Module):
         return self.last(torch.tanh(x).flatten(1))
 
 
+class InPlaceNoise(nn.Module):
+    """Random in training alone, in a form that vmap refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(81, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            x = x * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.9)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_cannot_be_vectorised_in_training_alone_is_found_too(training, episode, caplog):
+    network = InPlaceNoise().double().train(training)
+    objective = Objective(network)
+    params = {name: p.detach() for name, p in network.named_parameters()}
+    objective.settle(params, episode.support_x[:2], episode.support_y[:2])
+    assert objective.vectorize is (not training)
+    assert ("cannot be vectorised" in caplog.text) is training
+    assert network.training is training
+    stacked = {name: torch.stack([p, p]) for name, p in params.items()}
+    assert objective.losses(stacked, episode.support_x[:2], episode.support_y[:2]).isfinite().all()
+
+
 @pytest.mark.parametrize(("second_order", "vectorize"), [(False, True), (True, False)])
 def test_a_wrong_vectorised_second_derivative_is_found_where_it_matters(second_order, vectorize, episode, caplog):
     network = OwnNorm().double()
