@@ -161,10 +161,10 @@ class ImageFormat:
 
     def normalize(self, x: Tensor) -> Tensor:
         """Pixels (..., C, H, W) uint8 to float32: values / 255, minus `mean`, divided by `std`."""
-        y = x.to(torch.float32) / 255
+        y = x.to(torch.float32, copy=True).div_(255)
         if any(self.mean) or set(self.std) != {1.0}:
             mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-            y = (y - mean) / std
+            y.sub_(mean).div_(std)
         return y
 
 

@@ -31,11 +31,12 @@ T = TypeVar("T")
 
 _FORMAT = 1  # raise it when what is cached, or how it is made, changes
 _UNREAD = "cannot be read: "  # how a problem begins that may pass without a change of the file
+_WORTH_THREADS = 16_384  # bytes; of smaller files threads wait for the interpreter rather than decode
 _CHUNK = 256  # images decoded between two writes; bounds memory
 
 
 class Decoding:
-    """Images that are decoded when they are asked for, on as many threads as torch uses.
+    """Images that are decoded when they are asked for; photographs on as many threads as torch uses.
 
     Args:
         source: the files.
@@ -64,7 +65,8 @@ class Decoding:
             for row in rows:
                 pixels[row] = self._decoded(places[row])
 
-        threads = min(torch.get_num_threads(), len(places))
+        size = sum(self.source.stamp(self.names[place])[0] for place in places[:8])
+        threads = min(torch.get_num_threads(), len(places)) if size > _WORTH_THREADS * len(places[:8]) else 1
         with _mapper(threads) as each:
             list(each(fill, [range(first, len(places), threads) for first in range(threads)]))
         return torch.from_numpy(pixels)

@@ -92,7 +92,7 @@ def test_mistakes_in_adapting(checkpoint: Path, support: Path, model: Path, tmp_
     assert "support='gone' does not exist: give a folder or a zip" in said(1, support="gone")
     assert "gone.ckpt: there is no such file" in said(1, ckpt_path="gone.ckpt")
     assert "steps=0 must be at least 1" in said(1, steps="0")
-    assert "are required: --ckpt_path" in fails("adapt", "--support", "x", "--out", "y")
+    assert "are required: ckpt_path" in fails("adapt", "--support", "x", "--out", "y")
     assert not (tmp_path / "m").exists()
 
 

@@ -42,7 +42,7 @@ from fomal.data.sampler import choose
 WAYS, SHOTS, QUERIES = 5, 1, 15
 TASKS = 10  # episodes in a measurement, of fomal drawn together as a meta-batch
 BATCHES = 10  # meta-batches in a measurement of what is quick
-FEW = 2  # of learn2learn when it decodes
+FEW = 3  # of learn2learn when it decodes
 CLASSES, IMAGES = 40, 20
 
 
@@ -91,13 +91,16 @@ def ours(folder: Path, size: int, gray: bool, cache_gb: float, cache: Path) -> I
     return data
 
 
-def delivered(data: ImageFolderDataModule, workers: int) -> Callable[[int], object]:
-    """What a loader with so many processes delivers, which are running already."""
+def delivered_per_second(data: ImageFolderDataModule, workers: int) -> float:
+    """Episodes per second that so many loader processes deliver, once what they made in advance is used up."""
     data.num_workers, data.meta_batch_size = workers, TASKS
     stream = iter(data.train_dataloader())
-    for _ in range(2 * workers):
+    for _ in range(1 + 2 * workers):  # they make two batches each in advance
         next(stream)
-    return lambda _: [next(stream) for _ in range(BATCHES)]
+    start = time.perf_counter()
+    for _ in range(3 * workers):
+        next(stream)
+    return 3 * workers * TASKS / (time.perf_counter() - start)  # the processes end with `stream`
 
 
 def episodes(data: ImageFolderDataModule, first: int, floats: bool = False) -> Tensor:
@@ -179,12 +182,11 @@ def compare(folder: Path, size: int, rounds: int, work: Path) -> dict[str, Any]:
         "fomal cached": (BATCHES * TASKS, lambda n: [episodes(cached, n + i) for i in range(BATCHES)]),
         "fomal cached, floats": (BATCHES * TASKS, lambda n: [episodes(cached, n + i, True) for i in range(BATCHES)]),
         "fomal decoded": (TASKS, lambda n: episodes(decoded, n)),
-        "fomal decoded, workers": (BATCHES * TASKS, delivered(decoded, 2)),
         "learn2learn": (FEW, lambda n: [told[i] for i in range(n, n + FEW)]),
         "learn2learn, own": (FEW, lambda n: [own.sample() for _ in range(FEW)]),
         "learn2learn in memory": (TASKS, lambda n: [in_memory[i] for i in range(n, n + TASKS)]),
     }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in (*sides, "fomal decoded, workers")}
     for number in range(rounds):
         first = (1 + number) * TASKS
         for i in range(first, first + TASKS):
@@ -193,6 +195,7 @@ def compare(folder: Path, size: int, rounds: int, work: Path) -> dict[str, Any]:
         random.seed(number)
         for name, (count, run) in sides.items():
             rates[name].append(per_second(run, count, first))
+        rates["fomal decoded, workers"].append(delivered_per_second(decoded, 2))
     result: dict[str, Any] = {f"{name}, episodes/s": round(statistics.median(r), 1) for name, r in rates.items()}
     for name, other in (
         ("fomal cached", "learn2learn"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -500,6 +502,28 @@ class Repeated(Source):
 
     def stamp(self, name: str) -> tuple[int, int]:
         return 0, 0
+
+
+class SlowDisk(io.BytesIO):
+    """Takes nothing before the decoding has come to a halt."""
+
+    def __init__(self, decodes: list[str]) -> None:
+        super().__init__()
+        self.decodes, self.ahead = decodes, 0
+
+    def write(self, content: Any) -> int:
+        while not self.ahead:
+            count = len(self.decodes)
+            time.sleep(0.5)
+            self.ahead = count if len(self.decodes) == count else 0
+        return super().write(content)
+
+
+def test_decoding_waits_for_the_disk(decodes: list[str]) -> None:
+    source, disk = Repeated(2000), SlowDisk(decodes)
+    scan(source, source.names, ImageFormat(4, 4), disk)
+    assert len(disk.getvalue()) == 2000 * 3 * 4 * 4
+    assert 0 < disk.ahead <= 256
 
 
 def build_within(cache_dir: Path, most: int) -> None:
