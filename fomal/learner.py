@@ -173,7 +173,13 @@ class MetaLearner(L.LightningModule):
         if self.objective.is_settled(second_order):
             return
         x, y = (take(part[:2], inner.plan[0][:2]) for part in (inner.episode.support_x, inner.episode.support_y))
-        output = self.network(x[0])  # (B, ...)
+        try:
+            output = self.network(x[0])  # (B, ...)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model.network does not take the data's inputs, {tuple(x.shape[2:])} per example "
+                f"({str(error).splitlines()[0]}): give the network their size, e.g. its image_size and in_channels."
+            ) from error
         if inner.episode.is_regression and output.shape != y[0].shape:
             raise ValueError(
                 f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "

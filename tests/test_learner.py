@@ -419,3 +419,9 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu(rule):
     learner = blob_learner(rule, inner=SGD(0.05))
     trainer(1, accelerator="gpu", devices=1, precision="bf16-mixed").fit(learner, datamodule=Blobs(train_query_shots=2))
     assert all(torch.isfinite(value).all() for value in weights(learner).values())
+
+
+def test_a_network_for_other_images_is_refused_with_both_shapes():
+    learner = blob_learner(network=Conv4(3, image_size=28, filters=4))
+    with pytest.raises(ValueError, match=r"does not take the data's inputs, \(1, 9, 9\) per example .*its image_size"):
+        trainer(max_steps=1).fit(learner, datamodule=Blobs())
