@@ -20,7 +20,6 @@ from fomal.checks import one_of
 from fomal.models.norm import has_batch_norm
 
 Format = Literal["onnx", "torchscript", "torch-export"]
-_FORMATS = ("onnx", "torchscript", "torch-export")
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
 _TOLERANCE = 1e-4  # on probabilities; the runtimes sum in other orders
 
@@ -67,7 +66,7 @@ def export(model: Adapted, path: Path, kind: Format, transductive: bool = False)
         ModuleNotFoundError: a package for the format is missing.
         ValueError: the network cannot be exported, or what was written says something else.
     """
-    one_of(_FORMATS, format=kind)
+    one_of(SUFFIXES, format=kind)
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another name, or remove it.")
     module = Exported(model, transductive).eval()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR100
 
 from fomal.data.image_files import ImageFilesDataModule
-from fomal.data.listing import Listed, Listing, by_folders, enumerated
+from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing
 from fomal.data.partition import partition
 from fomal.data.source import ArraySource, Source, open_source
 
@@ -160,7 +160,7 @@ def read_cifar(root: Path) -> tuple[Source, Listing]:
     images: NDArray[np.uint8] = np.concatenate([part.data for part in parts])
     source = ArraySource(str(root / CIFAR100.base_folder), names, lambda: list(images), _stamp())
     files = [Listed(name, label) for name, label in zip(names, labels, strict=True)]
-    return source, Listing(sorted(files, key=lambda file: (file.label, file.name)), [])
+    return source, sorted_listing(files)
 
 
 def _stamp() -> tuple[int, int]:

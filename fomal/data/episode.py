@@ -35,6 +35,14 @@ class Episode(NamedTuple):
     seed: int = 0
     split: int = 0
 
+    @classmethod
+    def of_classes(cls, support: Tensor, query: Tensor, number: Tensor, seed: int, split: int) -> Episode:
+        """Classification tasks from inputs (T, ways, shots, *input) and (T, ways, query shots, *input) by class."""
+        tasks, ways = support.shape[:2]
+        label = torch.arange(ways)
+        support_y, query_y = (label.repeat_interleave(x.shape[2]).expand(tasks, -1) for x in (support, query))
+        return cls(support.flatten(1, 2), support_y, query.flatten(1, 2), query_y, number, ways, seed, split)
+
     @property
     def tasks(self) -> int:
         """Number of tasks T."""

@@ -75,21 +75,11 @@ class GlyphDataModule(EpisodeDataModule):
         present = present.expand(*curves.shape[:-2])
         x = draw(curves.flatten(0, 2), present.flatten(0, 2), pen.flatten(), self.image_size)
         x = x.view(tasks, self.ways, each, 1, self.image_size, self.image_size)
-        label = torch.arange(self.ways)
-        return Episode(
-            support_x=x[:, :, :shots].flatten(1, 2),
-            support_y=label.repeat_interleave(shots).expand(tasks, -1),
-            query_x=x[:, :, shots:].flatten(1, 2),
-            query_y=label.repeat_interleave(query_shots).expand(tasks, -1),
-            number=number,
-            ways=self.ways,
-            seed=self.seed,
-            split=place,
-        )
+        return Episode.of_classes(x[:, :, :shots], x[:, :, shots:], number, self.seed, place)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Pixels uint8 to float32 in [0, 1], white 1."""
-        return x.to(torch.float32) / 255
+        return self.image_format.normalize(x)
 
     def _characters(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """The anchors (..., strokes, 3) of each stroke's begin, middle and end, and whether it is there."""

@@ -155,17 +155,7 @@ class ImageDataModule(EpisodeDataModule):
             support, query = x[:, :, :shots], x[:, :, shots:]  # (T, W, K or Q, C, H, W)
         else:
             support, query = (classes.take(chosen, part) for part in (members[..., :shots], members[..., shots:]))
-        label = torch.arange(self.ways)
-        return Episode(
-            support_x=support.flatten(1, 2),
-            support_y=label.repeat_interleave(shots).expand(len(number), -1),
-            query_x=query.flatten(1, 2),
-            query_y=label.repeat_interleave(query_shots).expand(len(number), -1),
-            number=number,
-            ways=self.ways,
-            seed=self.seed,
-            split=place,
-        )
+        return Episode.of_classes(support, query, number, self.seed, place)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Pixels uint8 to the float32 values that `image_format` makes of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -199,7 +199,12 @@ def _listing(files: list[Listed], empty: list[str], source: Source) -> Listing:
                 f"encoded ({before!a} and {file.label!a}): put their images into one."
             )
         files[i] = file._replace(label=label)
-    return Listing(sorted(files, key=lambda file: (file.label, file.name)), empty)
+    return sorted_listing(files, empty)
+
+
+def sorted_listing(files: Iterable[Listed], empty: Sequence[str] = ()) -> Listing:
+    """The files in the order that `Listing` has them."""
+    return Listing(sorted(files, key=lambda file: (file.label, file.name)), list(empty))
 
 
 def normal(name: str) -> str:

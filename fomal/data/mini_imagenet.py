@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fomal.data.cache import cache_folder, read_arrays, write_arrays
 from fomal.data.image_files import ImageFilesDataModule
 from fomal.data.image_format import Fit
-from fomal.data.listing import Listed, Listing, by_folders, enumerated, read_csv
+from fomal.data.listing import Listed, Listing, by_folders, enumerated, read_csv, sorted_listing
 from fomal.data.partition import partition
 from fomal.data.pickles import load_pickle
 from fomal.data.sampler import SPLITS
@@ -149,7 +149,7 @@ def _by_three_csvs(source: Source) -> Listing:
         assert isinstance(content, bytes)  # of a file
         where = f"{source.where}/{table}"
         files += read_csv(source, content, where, split, below=table.rpartition("/")[0]).files
-    return Listing(sorted(files, key=lambda file: (file.label, file.name)), [])
+    return sorted_listing(files)
 
 
 def _pickles(folder: Path) -> dict[str, Path]:
@@ -191,7 +191,7 @@ def read_pickles(paths: Mapping[str, Path], cache_dir: str | None) -> tuple[Sour
     where = next(iter(paths.values())).parent
     source = ArraySource(str(where), names, load, (int.from_bytes(stamp[:8], "big"), 0))
     files = [Listed(name, name.split("/")[1], name.split("/")[0]) for name in names]
-    return source, Listing(sorted(files, key=lambda file: (file.label, file.name)), [])
+    return source, sorted_listing(files)
 
 
 def _table(parts: Mapping[str, _Part]) -> dict[str, Any]:

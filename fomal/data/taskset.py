@@ -129,22 +129,12 @@ class TasksetDataModule(EpisodeDataModule):
     def episodes(self, split: str, number: Tensor) -> Episode:
         """Tasks `number` of a split, inputs as the taskset gives them, on the CPU."""
         place = split_index(split)
-        shots, query_shots = self.examples(split)
+        shots, _ = self.examples(split)
         if split not in self.tasksets:
             remedy = "call setup() first" if self.benchmark else f"give tasksets[{split!r}]"
             raise ValueError(f"there is no taskset for the {split} split: {remedy}.")
         x = torch.stack([self._task(split, i) for i in number.tolist()])  # (T, W, K + Q, *input)
-        label = torch.arange(self.ways)
-        return Episode(
-            support_x=x[:, :, :shots].flatten(1, 2),
-            support_y=label.repeat_interleave(shots).expand(len(number), -1),
-            query_x=x[:, :, shots:].flatten(1, 2),
-            query_y=label.repeat_interleave(query_shots).expand(len(number), -1),
-            number=number,
-            ways=self.ways,
-            seed=self.seed,
-            split=place,
-        )
+        return Episode.of_classes(x[:, :, :shots], x[:, :, shots:], number, self.seed, place)
 
     def _load(self) -> None:
         if self.benchmark is None or self.tasksets:
