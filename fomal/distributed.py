@@ -1,29 +1,109 @@
-"""Averages over processes."""
+"""What the processes of a run tell each other."""
 
 from __future__ import annotations
 
+import atexit
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from fomal.tree import Tree
+
+def processes() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def average_over_processes(trees: list[Tree]) -> list[Tree]:
-    """The mean of each tensor over all processes, in one all-reduce of one flat vector.
+@contextmanager
+def together() -> Iterator[None]:
+    """Around work that waits for the other processes: say it plainly where one of them is gone.
+
+    Raises:
+        RuntimeError: another process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes() == 1:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"process {dist.get_rank()}: another of the {processes()} processes ended, or cannot be reached: see what "
+            f"it said; `--ckpt_path last` goes on from the last checkpoint. ({reason})"
+        ) from error
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each tensor over all processes, in one all-reduce of one flat vector.
 
     Outer gradients are set by hand, so the hooks of DistributedDataParallel never see them.
 
     Args:
-        trees: floating-point tensors of one dtype and device; the same names and shapes in every process.
+        tensors: floating-point, on one device, of the same shapes in every process. They are added in the widest of
+            their dtypes, at least 32-bit.
 
     Returns:
-        The averaged trees; the same objects where there is only one process.
+        The sums, in that dtype; the tensors themselves where there is only one process.
+
+    Raises:
+        RuntimeError: another process has ended, or cannot be reached.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return trees
-    tensors = [t for values in trees for t in values.values()]
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = iter(torch.split(flat, [t.numel() for t in tensors]))
-    return [{name: next(parts).view_as(t) for name, t in values.items()} for values in trees]
+    if processes() == 1:
+        return list(tensors)
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    flat = torch.cat([t.to(dtype).flatten() for t in tensors])
+    with together():
+        dist.all_reduce(flat)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def gather(value: Any) -> list[Any]:
+    """A plain value of each process, in the order of their ranks."""
+    values = [value] * processes()
+    if len(values) > 1:
+        with together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def refuse_disagreement(values: dict[str, Any]) -> None:
+    """Raise ValueError where processes differ in a value, since they would train different things in silence."""
+    mine, *others = gather(values)
+    for rank, theirs in enumerate(others, start=1):
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"the processes differ in {name}: {mine[name]} in process 0, {theirs[name]} in process {rank}. "
+                    f"Start all with the same command, the same data and a shared folder for the run."
+                )
+
+
+def launched_processes() -> tuple[str, int]:
+    """Who started this process as one of several, and of how many; ("", 1) where nobody did.
+
+    An environment variable alone does not tell: Lightning sets WORLD_SIZE too, and a SLURM batch script that runs no
+    `srun` sees the job's variables.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return "WORLD_SIZE", int(os.environ["WORLD_SIZE"])
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return name, int(os.environ[name])
+    return "", 1
+
+
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_at_exit() -> None:
+    """Destroy the process group when the process ends, whatever the backend; gloo's threads abort it otherwise."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)

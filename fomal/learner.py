@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any, Literal
 
 import lightning as L
@@ -19,16 +20,22 @@ from fomal.checks import one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
-from fomal.distributed import average_over_processes
+from fomal.distributed import refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, classify, regress
 from fomal.inner.objective import Objective
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State, mean_state
+from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.rollout import InnerLoop, take
-from fomal.metrics import TaskMean
+from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient
+from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
+from fomal.preflight import check_trainer
 from fomal.tree import Tree
+from fomal.versions import commits, versions
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOOK_EVERY = 10  # meta-iterations between looks at what a GPU has found, since each look waits for it
 
 
 class MetaLearner(L.LightningModule):
@@ -56,6 +63,9 @@ class MetaLearner(L.LightningModule):
         vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
+        on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
+            it, or leave it out of the mean and log how many were (`train/skipped_tasks`), at the cost of one wait for
+            the device in each meta-iteration. On a GPU `raise` looks every ten meta-iterations and before each save.
         outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
             others then stay as they are. Rules made of displacements have nothing to say about the others.
 
@@ -80,6 +90,7 @@ class MetaLearner(L.LightningModule):
         vectorize: bool | None = None,
         adapt: list[str] | None = None,
         outer_parameters: Literal["all", "adapted"] = "all",
+        on_nonfinite: Literal["raise", "skip_task"] = "raise",
     ) -> None:
         super().__init__()
         positive(
@@ -89,6 +100,7 @@ class MetaLearner(L.LightningModule):
         )
         one_of(("carried", "reset"), inner_state=inner_state)
         one_of(("all", "adapted"), outer_parameters=outer_parameters)
+        one_of(("raise", "skip_task"), on_nonfinite=on_nonfinite)
         rule.check(inner_steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -111,13 +123,21 @@ class MetaLearner(L.LightningModule):
             self._restrict(self.adapted, outer_parameters)
         self.objective = Objective(network, vectorize)
         self.carried: State | None = None
+        self.on_nonfinite = on_nonfinite
+        self.skipped_tasks = 0
         self.config: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
-        self.train_losses = TaskMean(2)  # on the first and on the last mini-batch
+        self.asked_to_stop = 0  # by which signal this process was, if any
+        self.stopping = 0  # the signal by which all processes stop before the next meta-iteration
+        self._finite = torch.tensor(True)
+        self._flags, self._asked_flags = torch.empty(0), [0.0]
+        # Nothing is left for torchmetrics to reduce: training losses are means over processes already, and the
+        # figures of an evaluation are reduced all at once.
+        self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
-        self.accuracies = TaskMean(2)  # alone, transductive
-        self.losses_by_step = TaskMean(eval_inner_steps + 1)
-        self.distances = TaskMean()
+        self.accuracies = TaskMean(2, sync_on_compute=False)  # alone, transductive
+        self.losses_by_step = TaskMean(eval_inner_steps + 1, sync_on_compute=False)
+        self.distances = TaskMean(sync_on_compute=False)
 
     def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
         """See `adapt` and `outer_parameters`."""
@@ -135,13 +155,14 @@ class MetaLearner(L.LightningModule):
     # -- the parts of a meta-iteration
 
     def initialisation(self) -> Tree:
-        """The trainable parameters of the network, cut off from autograd."""
-        return tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
+        """The trainable parameters of the network, cut off from autograd; 16-bit ones (bf16-true) as 32-bit."""
+        trainable = tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
+        return {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()}
 
     def inner_loop(self, episode: Episode, training: bool) -> InnerLoop:
         """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""
         phi = self.initialisation()
-        like = next(iter(phi.values()))
+        like = next(self.network.parameters())
         adapted = {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
         state = self.inner_optimizer.init(adapted) if self.carried is None else self.carried
         inner = InnerLoop(
@@ -199,17 +220,51 @@ class MetaLearner(L.LightningModule):
         """One meta-iteration."""
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
-        gradient, trajectory = self.rule(self.inner_loop(batch, training=True), self.initialisation())
-        state = mean_state(trajectory.state) if self.inner_state == "carried" else {}
-        moments = {part: values for part, values in state.items() if part != SHARED}
-        gradient, *averaged = average_over_processes([gradient, *moments.values()])
-        if state:
-            self.carried = state | dict(zip(moments, averaged, strict=True))
+        inner, phi = self.inner_loop(batch, training=True), self.initialisation()
+        skip = self.on_nonfinite == "skip_task"
+        found, flags = mean_over_processes(meta_gradient(self.rule, inner, phi, skip), self._stop_flags())
+        self._look(found, flags, inner)
+        counts = not skip or bool(found.weight)
+        if counts and self.inner_state == "carried" and found.state:
+            self.carried = found.state
         for name, parameter in self.network.named_parameters():
-            parameter.grad = gradient.get(name)
+            gradient = found.gradient.get(name) if counts else None
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         self._optimizer().step()
         self._scheduler().step()
-        self._log_training(trajectory.losses)
+        if skip:
+            self.skipped_tasks += int(found.skipped)
+        self._log_training(found.losses[None] if counts else found.losses[None][:0])
+
+    def _stop_flags(self) -> Tensor:
+        """For each signal, whether this process has been asked by it to stop."""
+        flags = [float(self.asked_to_stop == number) for number in STOP_SIGNALS]
+        if self._flags.device != self.device or self._asked_flags != flags:
+            self._asked_flags, self._flags = flags, torch.tensor(flags, device=self.device)
+        return self._flags
+
+    def _look(self, found: MetaGradient, flags: Tensor, inner: InnerLoop) -> None:
+        """See whether to stop, because of a signal to any process or of a value that is not finite."""
+        self._finite = self._finite.to(self.device) & found.is_finite()
+        if self.device.type != "cpu" and (self.global_step + 1) % LOOK_EVERY:
+            return
+        self.stopping = max((n for n, asked in zip(STOP_SIGNALS, flags.tolist(), strict=True) if asked), default=0)
+        self.refuse_nonfinite(inner)
+
+    def refuse_nonfinite(self, inner: InnerLoop | None = None) -> None:
+        """Raise FloatingPointError if a meta-iteration since the last look gave a value that is infinite or NaN."""
+        if self._finite:
+            return
+        self._finite = torch.tensor(True)
+        where = "in a meta-iteration shortly before"
+        if inner is not None and self.device.type == "cpu":
+            numbers = inner.episode.number[bad_tasks(self.rule, inner, self.initialisation())].tolist()
+            where = f"of training episode {', '.join(map(str, numbers))}" if numbers else "of another process's task"
+        raise FloatingPointError(
+            f"meta-iteration {self.global_step + 1}: the loss, gradient or inner state {where} is not finite: lower "
+            f"model.inner_optimizer.lr or the outer step size, or leave such tasks out with model.on_nonfinite: "
+            f"skip_task."
+        )
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
@@ -222,19 +277,20 @@ class MetaLearner(L.LightningModule):
         return scheduler
 
     def _log_training(self, losses: Tensor) -> None:
-        self.train_losses.update(losses[[0, -1]].T)
+        self.train_losses.update(losses)
         if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined] # set by a helper
             return
         (first, last), _ = self.train_losses.compute()
         self.train_losses.reset()
-        self.log_dict(
-            {
-                "train/loss_first_step": first,
-                "train/loss_last_step": last,
-                "outer_lr": self._optimizer().param_groups[0]["lr"],
-                "step": float(self.global_step),  # the logger's x axis, in meta-iterations
-            }
-        )
+        figures = {
+            "train/loss_first_step": first,
+            "train/loss_last_step": last,
+            "outer_lr": self._optimizer().param_groups[0]["lr"],
+            "step": float(self.global_step),  # the logger's x axis, in meta-iterations
+        }
+        if self.on_nonfinite == "skip_task":
+            figures["train/skipped_tasks"] = float(self.skipped_tasks)
+        self.log_dict(figures)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimiser over the trainable parameters, and its schedule."""
@@ -295,17 +351,18 @@ class MetaLearner(L.LightningModule):
         figures: dict[str, tuple[Tensor, Tensor]] = {}
         tasks = 0
         self.results = {}
-        if self.accuracies.update_called:
+        merge_over_processes([self.accuracies, self.losses_by_step, self.distances])
+        if self.accuracies.total_tasks:
             (alone, together), (alone_ci, together_ci) = self.accuracies.compute()
             figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
             tasks = int(self.accuracies.total_tasks)
-        if self.losses_by_step.update_called:
+        if self.losses_by_step.total_tasks:
             mean, ci = self.losses_by_step.compute()
             figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
             self.results["loss_by_step"] = mean.tolist()
             self.results["loss_by_step_ci95"] = ci.tolist()
             tasks = int(self.losses_by_step.total_tasks)
-        if self.distances.update_called:
+        if self.distances.total_tasks:
             figures["distance"] = self.distances.compute()
         metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
         metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
@@ -319,13 +376,8 @@ class MetaLearner(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision} would need loss scaling inside the inner loop, which is "
-                f"not there: use 32-true, or bf16-mixed."
-            )
-        if self.trainer.precision == "bf16-true":
-            rank_zero_warn("trainer.precision=bf16-true rounds small outer steps away; bf16-mixed does not.")
+        check_trainer(self.trainer)
+        same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, EpisodeDataModule):
             split = {"fit": "train", "validate": "val"}.get(stage, "test")
@@ -334,14 +386,29 @@ class MetaLearner(L.LightningModule):
                     f"{type(self.rule).__name__} needs a query set, but data.train_query_shots=0: "
                     f"set data.train_query_shots to 1 or more."
                 )
+            if stage == "fit":
+                data.check_processes(self.trainer.world_size)
             # The first use of the network, on two tasks: what does not fit is found here.
-            episode = data.on_after_batch_transfer(data.episodes(split, torch.arange(2)).check(), 0)
+            episode = data.episodes(split, torch.arange(2)).check()
+            same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}
             self.objective.unsettle()
-            self.inner_loop(episode, training=stage == "fit")
+            self.inner_loop(data.on_after_batch_transfer(episode, 0), training=stage == "fit")
+        refuse_disagreement(same)
+
+    def on_train_start(self) -> None:
+        """Refuse processes that go on from different checkpoints."""
+        refuse_disagreement({"the meta-iteration they go on from": self.global_step})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""
-        checkpoint["fomal"] = {"config": self.config, "carried": self.carried, "max_steps": self.trainer.max_steps}
+        checkpoint["fomal"] = {
+            "config": self.config,
+            "carried": self.carried,
+            "max_steps": self.trainer.max_steps,
+            "skipped_tasks": self.skipped_tasks,
+            "versions": versions(),
+            "commits": commits(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
@@ -357,3 +424,4 @@ class MetaLearner(L.LightningModule):
                     f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
                 )
         self.carried = saved["carried"]
+        self.skipped_tasks = saved.get("skipped_tasks", 0)

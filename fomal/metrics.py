@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from fomal.distributed import sum_over_processes
 
 
 class TaskMean(Metric):
@@ -52,3 +54,13 @@ class TaskMean(Metric):
         self.total, self.squares = self.total.double(), self.squares.double()
         self.total_tasks = self.total_tasks.long()
         return self
+
+
+def merge_over_processes(metrics: Sequence[TaskMean]) -> None:
+    """Give every process the sums over all of them, in one all-reduce; a process may have had no tasks."""
+    for metric in metrics:
+        metric.update(torch.zeros(0, *metric.total.shape, device=metric.device))  # not "compute before update"
+    parts = [t.double() for m in metrics for t in (m.total, m.squares, m.total_tasks)]
+    sums = iter(sum_over_processes(parts))
+    for metric in metrics:
+        metric.total, metric.squares, metric.total_tasks = next(sums), next(sums), next(sums).long()

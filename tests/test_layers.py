@@ -16,12 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"checks", "files", "metrics", "random", "tree", "versions"},
+    {"checkpoints", "checks", "files", "random", "tree", "versions"},
     {"distributed"},
+    {"metrics"},
     {"data", "models"},
     {"inner"},
     {"outer"},
-    {"evaluation"},
+    {"evaluation", "meta_iteration", "preflight"},
     {"analysis"},
     {"learner"},
     {"build"},

@@ -382,13 +382,14 @@ def test_a_linear_schedule_needs_an_end():
 
 def test_logged_losses_are_means_over_the_interval_at_their_meta_iteration(tmp_path):
     learner, logged = sine_learner(), []
-    step = MetaLearner._log_training
 
-    def record(self, losses):
-        logged.append(losses[[0, -1]].mean(1))
-        step(self, losses)
+    class Recording(type(learner.rule)):
+        def __call__(self, inner, start):
+            gradient, trajectory = super().__call__(inner, start)
+            logged.append(trajectory.losses[[0, -1]].mean(1))
+            return gradient, trajectory
 
-    learner._log_training = record.__get__(learner)
+    learner.rule = Recording()
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
     trainer(4, logger=logger, log_every_n_steps=2).fit(learner, datamodule=SinusoidDataModule())
     rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()

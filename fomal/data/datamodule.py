@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
@@ -123,15 +124,20 @@ class EpisodeDataModule(L.LightningDataModule):
         """This process's rank and the number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def check_processes(self, world: int) -> None:
+        """Raise ValueError, with the nearest sizes that do, where a meta-batch does not divide over the processes."""
+        if self.meta_batch_size % world:
+            below = self.meta_batch_size // world * world
+            nearest = " or ".join(str(size) for size in (below, below + world) if size)
+            raise ValueError(
+                f"data.meta_batch_size={self.meta_batch_size} does not divide over {world} processes: use {nearest}, "
+                f"or another number of devices."
+            )
+
     def train_dataloader(self) -> DataLoader[Episode]:
         """Endless, from the trainer's present meta-iteration on, so that resuming equals not stopping."""
         start = self.trainer.global_step if self.trainer else 0
-        world = self.rank_and_world()[1]
-        if self.meta_batch_size % world:
-            raise ValueError(
-                f"meta_batch_size={self.meta_batch_size} does not divide over {world} processes: "
-                f"use a multiple of {world}, or fewer devices."
-            )
+        self.check_processes(self.rank_and_world()[1])
         return self._loader(EpisodeStream(self, "train", self.meta_batch_size, start))
 
     def val_dataloader(self) -> DataLoader[Episode]:
@@ -157,7 +163,14 @@ class EpisodeDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Signals to a whole process group reach loader processes too, before the last meta-iteration has its data."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def split_index(split: str) -> int:

@@ -157,10 +157,14 @@ class Objective:
         return self._over_tasks(task)(params, support_x, query_x)  # type: ignore[no-any-return]
 
     def _forward(self, params: Tree, x: Tensor) -> Tensor:
+        if x.dtype in (torch.bfloat16, torch.float16):  # the inner loop's own parameters are kept in 32 bits
+            params = {name: p.to(x.dtype) for name, p in params.items()}
         return torch.func.functional_call(self.network, params, (x,))  # type: ignore[no-any-return]
 
     def _loss(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         output = self._forward(params, x)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        y = y.to(output.dtype) if y.is_floating_point() else y
         return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y)
 
     def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:

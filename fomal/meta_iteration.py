@@ -1,0 +1,124 @@
+"""One meta-iteration of one process, and of all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomal import tree
+from fomal.distributed import processes, sum_over_processes
+from fomal.inner.optimizer import SHARED, State, mean_state
+from fomal.inner.rollout import InnerLoop
+from fomal.outer.rule import OuterRule
+from fomal.tree import Tree
+
+
+class MetaGradient(NamedTuple):
+    """What a meta-batch says.
+
+    Attributes:
+        gradient: the outer gradient, the mean over the tasks that count.
+        state: the inner optimiser's state after the last step, the mean over the same tasks.
+        losses: (2,), the mean loss on the first and on the last mini-batch.
+        weight: (), the share of the tasks that count, summed over processes.
+        skipped: (), the number of tasks that do not.
+    """
+
+    gradient: Tree
+    state: State
+    losses: Tensor
+    weight: Tensor
+    skipped: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The means over tasks: what may be non-finite, and what is reduced over processes."""
+        moments = [t for part, values in self.state.items() if part != SHARED for t in values.values()]
+        return [*self.gradient.values(), *moments, self.losses]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> MetaGradient:
+        """The same with other values for `tensors`."""
+        left = iter(tensors)
+        gradient = {name: next(left) for name in self.gradient}
+        state = {
+            part: values if part == SHARED else {name: next(left) for name in values}
+            for part, values in self.state.items()
+        }
+        return self._replace(gradient=gradient, state=state, losses=next(left))
+
+    def is_finite(self) -> Tensor:
+        """(), bool: whether no value is infinite or NaN."""
+        return torch.stack([t.isfinite().all() for t in self.tensors()]).all()
+
+
+def meta_gradient(rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool) -> MetaGradient:
+    """Run a meta-batch.
+
+    Args:
+        rule: the outer rule.
+        inner: the inner loops.
+        start: the initialisation.
+        skip: leave out tasks whose loss, gradient or state is not finite; the others are run again. Looking costs one
+            wait for the device.
+
+    Raises:
+        FloatingPointError: with `skip`, where all tasks are finite and their mean is not.
+    """
+    found = _run(rule, inner, start)
+    if not skip or found.is_finite():
+        return found
+    bad = bad_tasks(rule, inner, start)
+    if not bad:
+        raise FloatingPointError(
+            "the outer gradient overflows, though that of each task is finite: lower the step sizes."
+        )
+    tasks = inner.episode.tasks
+    skipped = torch.full_like(found.skipped, len(bad))
+    if len(bad) == tasks:
+        nothing = found.with_tensors([torch.zeros_like(t) for t in found.tensors()])
+        return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
+    good = _run(rule, _only(inner, [t for t in range(tasks) if t not in bad]), start)
+    return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
+
+
+def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:
+    """The places of the tasks whose loss, outer gradient or inner state is not finite, found by running each alone."""
+    return [t for t in range(inner.episode.tasks) if not _run(rule, _only(inner, [t]), start).is_finite()]
+
+
+def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradient, Tensor]:
+    """The mean over all tasks of all processes, in one all-reduce.
+
+    Args:
+        found: what this process's tasks say.
+        flags: (n,) numbers to be added over processes on the same way.
+
+    Returns:
+        The mean, with `weight` and `skipped` summed, and the sums of `flags`.
+    """
+    if processes() == 1:
+        return found, flags
+    weighted = [t * found.weight.to(t.dtype) for t in found.tensors()]
+    *sums, weight, skipped, flags = sum_over_processes([*weighted, found.weight, found.skipped, flags])
+    means = [s / weight.clamp_min(torch.finfo(weight.dtype).tiny) for s in sums]
+    return found.with_tensors(means)._replace(weight=weight, skipped=skipped), flags
+
+
+def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
+    gradient, trajectory = rule(inner, start)
+    losses = trajectory.losses[[0, -1]].mean(1)
+    return MetaGradient(
+        tree.detach(gradient),
+        mean_state(trajectory.state),
+        losses,
+        weight=torch.ones((), device=losses.device),
+        skipped=torch.zeros((), device=losses.device),
+    )
+
+
+def _only(inner: InnerLoop, tasks: list[int]) -> InnerLoop:
+    index = torch.tensor(tasks, device=inner.episode.number.device)
+    return replace(inner, episode=inner.episode.select(index), plan=tuple(step[index] for step in inner.plan))

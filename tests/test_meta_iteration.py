@@ -1,0 +1,183 @@
+"""Tasks whose numbers are not finite: named, or left out of the mean; never averaged in."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from fomal.callbacks import SaveLast
+from fomal.data import SinusoidDataModule
+from fomal.inner import SGD, Adam
+from fomal.inner.optimizer import mean_state
+from fomal.meta_iteration import bad_tasks, meta_gradient
+from fomal.outer import MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
+from tests.processes import Group
+from tests.test_learner import sine_learner, trainer, weights
+
+RULES = [Reptile(), QueryFOMAML(), MAML(), TruncatedMAML(1), BinomialMAML(1)]
+
+
+class Poisoned(SinusoidDataModule):
+    """Sine waves, of which the training episodes `bad` have a NaN among their targets."""
+
+    def __init__(self, bad: set[int], **settings: Any) -> None:
+        super().__init__(**{"train_query_shots": 5, "meta_batch_size": 4, **settings})
+        self.bad = bad
+
+    def episodes(self, split: str, number: torch.Tensor) -> Any:
+        episode = super().episodes(split, number)
+        for place, i in enumerate(number.tolist()):
+            if split == "train" and i in self.bad:
+                episode.support_y[place] = torch.nan
+        return episode
+
+
+def inner_loop(learner: Any, data: Poisoned) -> Any:
+    return learner.inner_loop(data.episodes("train", torch.arange(4)).floating(torch.float64), training=True)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_the_mean_is_that_of_the_finite_tasks(rule: Any) -> None:
+    learner = sine_learner(rule, SGD(0.01, momentum=0.5) if isinstance(rule, Reptile) else SGD(0.01)).double()
+    inner, phi = inner_loop(learner, Poisoned({1, 2})), learner.initialisation()
+    assert bad_tasks(rule, inner, phi) == [1, 2]
+    found = meta_gradient(rule, inner, phi, skip=True)
+    assert (float(found.weight), int(found.skipped)) == (0.5, 2)
+    clean = inner_loop(learner, Poisoned(set()))
+    alone = [rule(part(clean, t), phi) for t in (0, 3)]
+    for name, value in found.gradient.items():
+        torch.testing.assert_close(value, (alone[0][0][name] + alone[1][0][name]) / 2, rtol=1e-12, atol=1e-14)
+    for kind, values in found.state.items():
+        for name, value in values.items():
+            expected = sum(mean_state(trajectory.state)[kind][name] for _, trajectory in alone) / 2
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14, check_dtype=False)
+
+
+def part(inner: Any, task: int) -> Any:
+    index = torch.tensor([task])
+    plan = tuple(step[index] for step in inner.plan)
+    return type(inner)(**{**vars(inner), "episode": inner.episode.select(index), "plan": plan})
+
+
+def test_finite_tasks_are_run_once() -> None:
+    calls = []
+
+    class Counting(Reptile):
+        def __call__(self, *args: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*args)
+
+    learner = sine_learner(Counting())
+    trainer(3).fit(learner, datamodule=Poisoned(set()))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("rule", [Reptile(), MAML()], ids=lambda rule: type(rule).__name__)
+def test_such_a_task_ends_the_run_by_its_number_before_the_weights_move(rule: Any) -> None:
+    learner = sine_learner(rule, SGD(0.01))
+    reached = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            reached.append(weights(learner))
+
+    message = (
+        r"^meta-iteration 3: the loss, gradient or inner state of training episode 9, 10 is not finite: lower "
+        r"model.inner_optimizer.lr .*, or leave such tasks out with model.on_nonfinite: skip_task\.$"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        trainer(5, callbacks=[Look()]).fit(learner, datamodule=Poisoned({9, 10}))
+    assert len(reached) == 3
+    for name, value in weights(learner).items():
+        assert torch.equal(value, reached[-1][name])
+
+
+def test_an_inner_loop_that_diverges_is_found() -> None:
+    with pytest.raises(FloatingPointError, match="^meta-iteration 1: .* of training episode 0, 1, 2, 3 is not finite"):
+        trainer(2).fit(sine_learner(inner=SGD(1e30)), datamodule=Poisoned(set()))
+
+
+def test_nothing_is_saved_while_such_a_value_is_unseen(tmp_path: Path) -> None:
+    """A GPU is looked at every few meta-iterations; a checkpoint looks too."""
+    learner = sine_learner()
+
+    class Unseen(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            learner._finite = torch.tensor(trainer.global_step < 4)
+
+    learner._look = lambda *args: None
+    callbacks = [Unseen(), SaveLast(2, str(tmp_path))]
+    with pytest.raises(FloatingPointError, match="^meta-iteration 5: .* in a meta-iteration shortly before is not"):
+        trainer(6, callbacks=callbacks, enable_checkpointing=True).fit(learner, datamodule=Poisoned(set()))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_skipped_tasks_are_counted_and_a_meta_batch_of_them_moves_nothing(tmp_path: Path) -> None:
+    learner = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task", outer_optimizer=momentum)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="run")
+    seen: list[Any] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            seen.append((weights(learner), learner.carried))
+
+    data = Poisoned({5, 8, 9, 10, 11})  # one of the second meta-batch, all of the third
+    settings = {"logger": logger, "log_every_n_steps": 1, "callbacks": [Look()]}
+    run = trainer(4, **settings)
+    run.fit(learner, datamodule=data)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/skipped_tasks"]) for row in rows] == [0, 1, 5, 5]
+    assert rows[2]["train/loss_last_step"] == "nan"  # nothing was learnt from
+    assert [bool(float(row["train/loss_last_step"]) > 0) for row in rows] == [True, True, False, True]
+    for name, value in seen[3][0].items():
+        assert torch.equal(value, seen[2][0][name])
+        assert not torch.equal(value, weights(learner)[name])
+    assert seen[3][1] is seen[2][1]
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    rest = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task", outer_optimizer=momentum)
+    trainer(4).fit(rest, datamodule=data, ckpt_path=tmp_path / "c.ckpt")
+    assert rest.skipped_tasks == 5
+
+
+def momentum(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.5, momentum=0.9)
+
+
+def train_poisoned(folder: Path) -> None:
+    learner = sine_learner(MAML(), SGD(0.01), on_nonfinite="skip_task")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    run = trainer(3, devices=world, strategy="ddp" if world > 1 else "auto", precision="64-true")
+    run.fit(learner, datamodule=Poisoned({1, 3, 6, 8, 9, 10, 11}))
+    torch.save((weights(learner), learner.skipped_tasks), folder / f"{world}-{os.environ.get('RANK', 0)}.pt")
+
+
+def test_the_mean_over_processes_counts_tasks_not_processes(tmp_path: Path) -> None:
+    for world in (1, 2):
+        group = Group(world, train_poisoned, tmp_path, out=tmp_path)
+        assert group.wait(60) == [0] * world, group.said()
+    expected, skipped = torch.load(tmp_path / "1-0.pt")
+    assert skipped == 7
+    for rank in range(2):  # one of them had no task left in the first meta-iteration, both none in the last
+        found, count = torch.load(tmp_path / f"2-{rank}.pt")
+        assert count == 7
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-13)
+
+
+def raise_in_one(folder: Path) -> None:
+    trainer(3, devices=2, strategy="ddp").fit(sine_learner(), datamodule=Poisoned({5}))
+
+
+def test_every_process_ends_where_one_has_such_a_task(tmp_path: Path) -> None:
+    group = Group(2, raise_in_one, tmp_path, out=tmp_path)
+    assert group.wait(60) == [1, 1], group.said()
+    first, second = (log.read_text() for log in group.logs)
+    assert "FloatingPointError: meta-iteration 2: the loss, gradient or inner state of another process's task" in first
+    assert "FloatingPointError: meta-iteration 2: the loss, gradient or inner state of training episode 5" in second
