@@ -13,6 +13,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
+from fomal.checkpoints import verify
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.learner import MetaLearner
 
@@ -51,15 +52,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of fomal's.
+        ValueError: it is none of fomal's, or not whole.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    verify(Path(path))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(checkpoint, dict) or "fomal" not in checkpoint:
         raise ValueError(
             f"{path} is not a checkpoint of fomal: give one written by `fomal fit`, or by a trainer around fomal's "

@@ -5,9 +5,11 @@ from fomal.callbacks.checkpoint import SaveLast
 from fomal.callbacks.figures import AdaptationFigure, LearningCurve
 from fomal.callbacks.progress import MetaProgressBar
 from fomal.callbacks.results import PredictionsFile, ResultsFile
+from fomal.callbacks.signals import ExitOnSigterm
 
 __all__ = [
     "AdaptationFigure",
+    "ExitOnSigterm",
     "GradientAlignment",
     "LearningCurve",
     "MetaProgressBar",

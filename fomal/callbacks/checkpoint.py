@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,18 +15,25 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from fomal.callbacks.folder import is_trial, run_folder
+from fomal.callbacks.signals import EXIT_CODE, Handlers, leave, requeue, requeue_signal
+from fomal.checkpoints import LAST, PREVIOUS, publish
 from fomal.checks import positive
 from fomal.data.episode import Episode
+from fomal.distributed import together
 from fomal.files import keep_earlier
-
-Handler = Callable[[int, FrameType | None], Any] | int | None
+from fomal.learner import MetaLearner
 
 
 class SaveLast(Checkpoint):
-    """Writes `checkpoints/last.ckpt` every so many meta-iterations, at the end, and on Ctrl-C.
+    """Writes `checkpoints/last.ckpt` every so many meta-iterations, at the end, and when the run is asked to stop.
 
-    On Ctrl-C the running meta-iteration is finished first, so that the checkpoint is a state the uninterrupted run
-    passes through; a second Ctrl-C stops at once. The file is replaced in one step: there is always a whole one.
+    The one before stays as `previous.ckpt`. A file takes its place in one step, after it has been read back, so there
+    is always a whole one. A checkpoint comes after the validation that is due at its meta-iteration, and after the
+    figures are written to the log: a run that goes on from it logs what an uninterrupted one does.
+
+    On Ctrl-C, SIGTERM or, under SLURM, SIGUSR1, to any process, all finish the running meta-iteration and save; they
+    end with exit code 130 for Ctrl-C and 143 otherwise, and after SIGUSR1 the job is put back into the queue. Ctrl-C
+    once more stops at once. With several processes a validation is finished first, unless it had yet to start.
     Lightning's `ModelCheckpoint` can be used beside it, e.g. to keep the best.
 
     Args:
@@ -39,77 +45,169 @@ class SaveLast(Checkpoint):
         positive(every_n_meta_iterations=every_n_meta_iterations)
         self.every = every_n_meta_iterations
         self.dirpath = dirpath
-        self._training = self._in_step = self._interrupted = False
-        self._previous: Handler = None
+        self._handlers = Handlers()
+        self._learner: MetaLearner | None = None
+        self._asked = 0  # the signal that asked this process to stop
+        self._requeue: int | None = None
         self._saved_at = -1
+        self._validation_due = False
 
     def path(self, trainer: L.Trainer) -> Path:
-        """The checkpoint file."""
-        return Path(self.dirpath or run_folder(trainer) / "checkpoints") / "last.ckpt"
+        """The checkpoint file; must be called in every process."""
+        return Path(self.dirpath or run_folder(trainer) / "checkpoints") / LAST
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the validation of the checkpoint's meta-iteration is still to be done."""
+        return {"validation_due": self._validation_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._validation_due = state_dict["validation_due"]
+
+    # -- when
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """There is nothing to save yet."""
+        self._handlers.install({signal.SIGTERM}, leave)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep what an earlier run left in the same place, and listen for Ctrl-C."""
-        self._training, self._in_step, self._interrupted = True, False, False
-        self._saved_at = -1
+        """Keep what another run left in the same place, listen for signals, and make up an interrupted validation."""
+        self._learner = pl_module if isinstance(pl_module, MetaLearner) else None
+        self._asked, self._saved_at = 0, trainer.global_step if trainer.ckpt_path else -1
         path = self.path(trainer)  # in every process: it broadcasts
-        if trainer.is_global_zero and not is_trial(trainer):
-            keep_earlier(path)
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_sigint)
+        own = [path, path.with_name(PREVIOUS)]
+        goes_on = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)).resolve() in [file.resolve() for file in own]
+        if trainer.is_global_zero and not is_trial(trainer) and not goes_on:
+            for file in own:
+                keep_earlier(file)
+        if is_trial(trainer):
+            return
+        self._requeue = requeue_signal(trainer)
+        self._handlers.install({signal.SIGINT, signal.SIGTERM, *filter(None, [self._requeue])}, self._on_signal)
+        # Signals reach the other processes with the outer gradient; Lightning's broadcast in every step is not needed.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if self._validation_due:
+            self._validation_due = False
+            _validate(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Episode, batch_idx: int
     ) -> None:
-        """From here to the end of the step, weights and optimiser state do not belong together."""
-        self._in_step = True
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Episode, batch_idx: int
-    ) -> None:
-        """Save when it is time, or when Ctrl-C was pressed during the step."""
-        self._in_step = False
-        if self._interrupted:
-            raise KeyboardInterrupt
-        if trainer.global_step % self.every == 0:
+        """Save when it is time: here the meta-iteration before is complete, with its validation and its log."""
+        if self._stopping(trainer):
+            self._stop(trainer)
+        if trainer.global_step % self.every == 0 and trainer.global_step:
             self._save(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before a validation rather than after it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._stopping(trainer):
+            self._stop(trainer, validation_due=True)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Stop within a validation, which one process can do by itself."""
+        if trainer.world_size == 1 and self._asked and not trainer.sanity_checking:
+            self._stop(trainer, validation_due=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state."""
-        self._save(trainer)
-        self._leave()
+        self._save(trainer, final=True)
+        self._handlers.restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save on Ctrl-C, unless it was pressed twice."""
-        resumable = self._training and not self._in_step and not is_trial(trainer)
-        if isinstance(exception, KeyboardInterrupt) and resumable:
-            self._save(trainer)
-            command = f"fomal fit --ckpt_path {shlex.quote(str(self.path(trainer)))}"
-            rank_zero_info(f"Stopped after meta-iteration {trainer.global_step}; to go on: {command}")
-        self._leave()
+        """Put the earlier signal handlers back."""
+        self._handlers.restore()
 
-    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
-        if self._in_step and not self._interrupted:
-            self._interrupted = True
-            rank_zero_info("Ctrl-C: finishing this meta-iteration and saving; press again to stop at once.")
-        else:
+    # -- stopping
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
+        self._asked = signal.SIGUSR1 if number == self._requeue else number
+        if self._learner is not None:
+            self._learner.asked_to_stop = self._asked
+        text = "; press again to stop at once." if number == signal.SIGINT else "."
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        rank_zero_info(f"{name}: finishing this meta-iteration and saving{text}")
 
-    def _leave(self) -> None:
-        self._training = False
-        if self._previous is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    def _stopping(self, trainer: L.Trainer) -> int:
+        """The signal by which all processes stop here; 0 for none."""
+        several = trainer.world_size > 1 and self._learner is not None
+        return self._learner.stopping if several and self._learner else self._asked
 
-    def _save(self, trainer: L.Trainer) -> None:
-        if is_trial(trainer) or trainer.global_step == self._saved_at:
+    def _stop(self, trainer: L.Trainer, validation_due: bool = False) -> None:
+        number = self._stopping(trainer)
+        self._validation_due = validation_due
+        self._save(trainer)
+        command = f"fomal fit --ckpt_path {shlex.quote(str(self.path(trainer)))}"
+        rank_zero_info(f"Stopped after meta-iteration {trainer.global_step}; to go on: {command}")
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
+        raise SystemExit(EXIT_CODE)
+
+    # -- saving
+
+    def _save(self, trainer: L.Trainer, final: bool = False) -> None:
+        step = trainer.global_step
+        if is_trial(trainer) or (step == self._saved_at and not self._validation_due):
             return
+        if self._learner is not None:
+            self._learner.refuse_nonfinite()
+        for logger in trainer.loggers:
+            logger.save()  # a killed process writes nothing more
         path = self.path(trainer)
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
-            trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
+            with _between_steps(trainer), together():
+                trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
             if trainer.is_global_zero:
-                os.replace(unfinished, path)
+                publish(unfinished, path)
+        except OSError as error:
+            kept = f"that of meta-iteration {self._saved_at} is intact" if self._saved_at > 0 else "there is none yet"
+            raise OSError(
+                f"the checkpoint of meta-iteration {step} could not be written to {path.parent}: {error}. Of earlier "
+                f"ones {kept}. Make room and go on with --ckpt_path last."
+            ) from error
         finally:
             if trainer.is_global_zero:
                 unfinished.unlink(missing_ok=True)
-        self._saved_at = trainer.global_step
+        self._saved_at = step
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_checkpoint"):
+                    logger.log_checkpoint(path, step, final)
+
+
+@contextmanager
+def _between_steps(trainer: L.Trainer) -> Iterator[None]:
+    """Let Lightning's counters stand as at the end of the last step, whatever has been begun since.
+
+    Lightning knows two kinds of checkpoints between steps by their counters. One of the end of a step it goes on from
+    without validating again; the other puts the logging off by one step where a validation was due.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    parts: list[Any] = [progress.total, progress.current]
+    before = [vars(part).copy() for part in parts]
+    stepped = loop._batches_that_stepped
+    for part in parts:
+        part.ready = part.started = part.processed
+        part.completed = part.processed - 1
+    loop._batches_that_stepped = parts[0].processed - 1
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, before, strict=True):
+            vars(part).update(values)
+        loop._batches_that_stepped = stepped
+
+
+def _validate(trainer: L.Trainer) -> None:
+    """Validate now, as the loop would after a step."""
+    loop = trainer.fit_loop.epoch_loop
+    trainer.validating = True
+    loop.val_loop.restarting = False
+    loop.val_loop.run()
+    trainer.training = True

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from fomal.callbacks.folder import run_folder
 from fomal.data.episode import Episode
+from fomal.distributed import gather
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
-from fomal.versions import versions
+from fomal.versions import commits, versions
 
 
 class ResultsFile(Callback):
     """Prints a table after `test` or `validate`, and after `test` writes `results.json` into the run's folder.
 
     It holds the metrics with their 95 % half-widths, the number of tasks, seed, configuration, package versions,
-    checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
+    git commits, checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class ResultsFile(Callback):
             "meta_iterations": _meta_iterations(trainer),
             "wall_time_s": round(time.monotonic() - self._started, 3),
             "versions": versions(),
+            "commits": commits(),
             "config": config,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,17 +123,16 @@ class PredictionsFile(Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
         path = run_folder(trainer) / "predictions.csv"
-        if trainer.world_size > 1:  # each process has the tasks of its own
-            path = path.with_name(f"predictions_rank{trainer.global_rank}.csv")
-        if not self._rows:
-            return  # more processes than tasks
+        rows = sorted((row for part in gather(self._rows) for row in part), key=lambda row: row["episode"])
+        self._rows = []
+        if not trainer.is_global_zero:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(path)
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self._rows[0]))
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
-            writer.writerows(self._rows)
-        self._rows = []
+            writer.writerows(rows)
         rank_zero_info(f"Predictions are in {path}.")
 
 

@@ -56,8 +56,8 @@ def main(args: Sequence[str] | None = None) -> Any:
         `model` and `datamodule`. None where `args` is None, since a script's result is its exit code.
 
     Raises:
-        SystemExit: after help (0), a mistake in use (2), an error in a setting (1) or Ctrl-C (130); the error itself
-            is its `__cause__`.
+        SystemExit: after help (0), a mistake in use (2), an error in a setting (1), Ctrl-C (130) or SIGTERM (143);
+            the error itself is its `__cause__`.
     """
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
@@ -104,7 +104,7 @@ def _is_setting_error(error: Exception) -> bool:
     """Whether the text of `error` tells the user enough; other errors keep their traceback."""
     # Lightning's own error is known by its name: importing it here would make `fomal --help` slow.
     return (
-        isinstance(error, ValueError | OSError | ModuleNotFoundError)
+        isinstance(error, ValueError | OSError | ModuleNotFoundError | FloatingPointError)
         or (isinstance(error, RuntimeError) and _is_from_fomal(error))  # e.g. a failed download
         or type(error).__name__ == "MisconfigurationException"
     )

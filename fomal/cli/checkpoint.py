@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fomal.build import read_checkpoint
+from fomal.checkpoints import LAST, PREVIOUS
 from fomal.cli.errors import UsageError
 from fomal.cli.given import short_key
 
@@ -34,7 +35,9 @@ def checkpoint_config(ckpt_path: str, verb: str) -> dict[str, Any]:
     try:
         checkpoint = read_checkpoint(ckpt_path)
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"--ckpt_path {error}") from error
+        before = Path(ckpt_path).with_name(PREVIOUS)
+        hint = f"; the one before is {before}" if Path(ckpt_path).name == LAST and before.is_file() else ""
+        raise UsageError(f"--ckpt_path {error}{hint}") from error
     config = dict(checkpoint["fomal"]["config"])
     if config and verb != "fit":
         precision = config.pop("trainer", {}).get("precision")

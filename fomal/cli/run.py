@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,12 +16,13 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fomal.build import SEED, add_arguments, stream_seed
-from fomal.callbacks import LearningCurve, MetaProgressBar, PredictionsFile, ResultsFile, SaveLast
+from fomal.build import SEED, add_arguments, read_checkpoint, stream_seed
+from fomal.callbacks import ExitOnSigterm, LearningCurve, MetaProgressBar, PredictionsFile, ResultsFile, SaveLast
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.cli import checkpoint, links
+from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain
@@ -29,6 +31,7 @@ from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
+from fomal.preflight import check_precision
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
 _OURS = {"verbose": False, "weights_only": True}
@@ -67,7 +70,7 @@ def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
     Args:
         trainer: the trainer's settings; they can turn the progress bar and checkpoints off.
     """
-    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve()]
+    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve(), ExitOnSigterm()]
     if trainer.get("enable_progress_bar") is not False:
         chosen.append(MetaProgressBar())
     if trainer.get("enable_checkpointing") is not False:
@@ -173,6 +176,9 @@ class FomalCLI(LightningCLI):
     def _parse_with_checkpoint(self, rest: list[str], given: Given) -> Namespace:
         """Parse on top of the checkpoint's configuration, or of the default config."""
         ckpt_path = given.values.get("ckpt_path")
+        if ckpt_path == resume.LAST_KEYWORD:
+            ckpt_path = self._find_last(rest, given)
+            rest = [*rest, f"--ckpt_path={ckpt_path or 'null'}"]
         base: list[str] = []
         if ckpt_path is not None and not checkpoint.is_keyword(str(ckpt_path)):
             saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb)
@@ -184,6 +190,8 @@ class FomalCLI(LightningCLI):
                 raise UsageError(f"the configuration in {ckpt_path} cannot be used: {error}") from error
             config = self._parse([*base, *rest])
             checkpoint.refuse_differences(self._plain(alone), self._plain(config), self.verb)
+            if self.verb == "fit":
+                resume.go_on_in_its_folder(config[self.verb]["trainer"], Path(str(ckpt_path)))
             return config
         if not given.has_config:
             if ckpt_path is not None:
@@ -195,6 +203,21 @@ class FomalCLI(LightningCLI):
         elif self.verb != "fit" and ckpt_path is None:
             say("no --ckpt_path given: the network is as it is before training.")
         return self._parse([*base, *rest])
+
+    def _find_last(self, rest: list[str], given: Given) -> Path | None:
+        """The newest checkpoint of the run that is asked for; None to begin anew."""
+        base = [] if given.has_config else ["--config", find_config(DEFAULT)]
+        config = self._parse([*base, *rest])
+        found, problems = resume.find_last(config[self.verb]["trainer"])
+        for problem in problems:
+            say(f"{problem}: {'using the one before' if found else 'there is no other'}.")
+        if found:
+            say(f"going on from {found}.")
+            return found
+        if problems or self.verb != "fit":
+            raise UsageError("--ckpt_path last: no checkpoint of this run can be used; leave it out to begin anew.")
+        say("no checkpoint of this run yet: it begins anew.")
+        return None
 
     def _parse(self, rest: list[str]) -> Namespace:
         try:
@@ -223,7 +246,8 @@ class FomalCLI(LightningCLI):
     # -- building and running
 
     def before_instantiate_classes(self) -> None:
-        """Put a seed drawn at random where the link could not know it."""
+        """Refuse 16-bit floating point; put a seed drawn at random where the link could not know it."""
+        check_precision(self.config[self.verb]["trainer"].get("precision"))  # on a CPU Lightning would change it
         config, (source, target) = self.config[self.verb], SEED
         if target in config:
             config[target] = stream_seed(config[source])
@@ -252,12 +276,20 @@ class FomalCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | ours
 
     def before_fit(self) -> None:
-        """Keep the figures of an earlier run in the same folder; CSVLogger deletes them when training starts."""
+        """Keep the log of an earlier run in the same folder, and go on with that of a resumed one."""
         if is_trial(self.trainer):
             return
-        path = run_folder(self.trainer) / "metrics.csv"
-        if self.trainer.is_global_zero and keep_earlier(path):
-            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        log = run_folder(self.trainer) / "metrics.csv"
+        if not self.trainer.is_global_zero or not log.is_file():
+            return
+        # CSVLogger deletes what is there when training starts.
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        ckpt_path = self.config[self.verb].get("ckpt_path")
+        logger = self.trainer.logger
+        if ckpt_path and isinstance(logger, CSVLogger) and resume.is_of_run(Path(ckpt_path), log.parent):
+            resume.go_on_with_log(logger, log, read_checkpoint(ckpt_path)["global_step"])
+        else:
+            keep_earlier(log)
 
     def after_fit(self) -> None:
         """Say where the run is."""

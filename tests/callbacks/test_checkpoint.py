@@ -94,7 +94,7 @@ def test_it_is_written_every_n_meta_iterations_and_at_the_end(tmp_path: Path, ha
     last, seen, handlers = tmp_path / "checkpoints" / "last.ckpt", [], []
 
     class Look(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
+        def on_before_optimizer_step(self, *args: Any) -> None:
             seen.append(saved_step(last))
 
         def on_fit_end(self, *args: Any) -> None:
@@ -102,7 +102,8 @@ def test_it_is_written_every_n_meta_iterations_and_at_the_end(tmp_path: Path, ha
 
     fit([SaveLast(3), Look()], 7, tmp_path)
     assert seen == [None, None, None, 3, 3, 3, 6]
-    assert os.listdir(last.parent) == ["last.ckpt"]
+    assert sorted(os.listdir(last.parent)) == ["last.ckpt", "previous.ckpt"]
+    assert saved_step(last.with_name("previous.ckpt")) == 6
     content = torch.load(last, weights_only=True)
     assert content["global_step"] == content["fomal"]["max_steps"] == 7
     assert content["fomal"]["carried"]["shared"]["steps"] == 2 * 7

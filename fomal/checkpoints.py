@@ -1,0 +1,64 @@
+"""The checkpoints of a run on disk: the last and the one before, each whole or named as not."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+def verify(path: Path) -> None:
+    """Read the whole file and compare its checksums; nothing in it is run.
+
+    Raises:
+        ValueError: it is cut short, a byte has changed, or it is no file of torch's.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+        if wrong is not None:
+            raise ValueError(f"the checksum of its part {wrong} is wrong")
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is cut short or damaged ({reason})") from error
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Let a written checkpoint take the place of `path`, which is kept beside it as the previous one.
+
+    A crash of the machine at any moment leaves one of the two whole.
+
+    Raises:
+        ValueError: what was written is not what is read back; `path` stays.
+    """
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    verify(unfinished)
+    if path.exists():
+        path.replace(path.with_name(PREVIOUS))
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a folder that is whole, if any, and what is wrong with those passed over."""
+    problems = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            verify(path)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    return None, problems
