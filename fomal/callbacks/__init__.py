@@ -2,6 +2,7 @@
 
 from fomal.callbacks.alignment import GradientAlignment
 from fomal.callbacks.checkpoint import SaveLast
+from fomal.callbacks.episode_grid import EpisodeGrid
 from fomal.callbacks.figures import AdaptationFigure, LearningCurve
 from fomal.callbacks.progress import MetaProgressBar
 from fomal.callbacks.results import PredictionsFile, ResultsFile
@@ -10,6 +11,7 @@ from fomal.callbacks.signals import ExitOnSigterm
 __all__ = [
     "AdaptationFigure",
     "ExitOnSigterm",
+    "EpisodeGrid",
     "GradientAlignment",
     "LearningCurve",
     "MetaProgressBar",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -13,12 +14,29 @@ from fomal.callbacks.folder import is_trial, run_folder
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.learner import MetaLearner
+from fomal.loggers import log_figure
 from fomal.plots.adaptation import draw_adaptation
 from fomal.plots.curve import draw_curve
 
 
+@contextmanager
+def aside(trainer: L.Trainer, learner: L.LightningModule) -> Iterator[None]:
+    """Evaluate as validation does, without a trace: modules' modes and random states are put back."""
+    modes = {module: module.training for module in learner.modules()}
+    devices = [learner.device] if learner.device.type == "cuda" else []
+    learner.eval()  # no dropout
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class AdaptationFigure(Callback):
     """After `fit` on regression tasks of one input, draws how a validation task is learnt: `adaptation.png`.
+
+    W&B and TensorBoard show it too.
 
     Args:
         steps: after how many inner steps to draw the prediction; 0 is before the first.
@@ -30,7 +48,6 @@ class AdaptationFigure(Callback):
             raise ValueError(f"steps={list(steps)} and task={task} must not be negative.")
         self.steps, self.task = list(steps), task
 
-    @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, unless the data are of another kind."""
         data = getattr(trainer, "datamodule", None)
@@ -46,35 +63,39 @@ class AdaptationFigure(Callback):
             return
         order = episode.query_x.flatten().argsort()  # lines are drawn from left to right
         episode = episode._replace(query_x=episode.query_x[:, order], query_y=episode.query_y[:, order])
+        with aside(trainer, pl_module):
+            predictions = self._predictions(pl_module, episode)
         draw_adaptation(
             path,
             x=episode.query_x.flatten().tolist(),
             truth=episode.query_y.flatten().tolist(),
             support=(episode.support_x.flatten().tolist(), episode.support_y.flatten().tolist()),
-            predictions=self._predictions(pl_module, episode),
+            predictions=predictions,
         )
+        log_figure(trainer, "adaptation", path)
         rank_zero_info(f"The adaptation to a validation task is drawn in {path}.")
 
     def _predictions(self, learner: MetaLearner, episode: Episode) -> dict[int, list[float]]:
         """What is predicted for the queries after each of the steps that the evaluation goes."""
-        was_training = learner.training
-        learner.eval()  # no dropout
         inner, phi = learner.inner_loop(episode, training=False), learner.initialisation()
         stages = [{name: p[None] for name, p in phi.items()}, *(step.after for step in inner.steps(phi))]
         x = inner.episode.query_x
         asked = [step for step in self.steps if step < len(stages)]
-        predictions = {step: learner.objective.predict(stages[step], x).flatten().tolist() for step in asked}
-        learner.train(was_training)
-        return predictions
+        return {step: learner.objective.predict(stages[step], x).flatten().tolist() for step in asked}
 
 
 class LearningCurve(Callback):
-    """After `fit`, draws the validation figures of the run's `metrics.csv` over meta-iterations: `curve.png`."""
+    """After `fit`, draws the validation figures of the run's `metrics.csv` over meta-iterations: `curve.png`.
+
+    W&B and TensorBoard show it too.
+    """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, if the run logged to CSV and was validated."""
         metrics = run_folder(trainer) / "metrics.csv"  # in every process: it broadcasts
         if not trainer.is_global_zero or is_trial(trainer) or not metrics.is_file():
             return
-        if draw_curve([metrics], metrics.with_name("curve.png")):
-            rank_zero_info(f"The learning curve is drawn in {metrics.with_name('curve.png')}.")
+        path = metrics.with_name("curve.png")
+        if draw_curve([metrics], path):
+            log_figure(trainer, "curve", path)
+            rank_zero_info(f"The learning curve is drawn in {path}.")

@@ -22,7 +22,7 @@ def config_names() -> list[str]:
     """Names of the shipped configs: their paths without folder and suffix, e.g. "sinusoid/reptile"."""
     folder = configs_dir()
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    return [name for name in names if not name.startswith("experiments/")]  # of several runs each
+    return [name for name in names if not name.startswith(("experiments/", "sweeps/"))]  # of several runs each
 
 
 def is_text(config: str) -> bool:
@@ -41,6 +41,8 @@ def find_config(name: str) -> str:
     path = Path(name) if Path(name).is_file() else configs_dir() / f"{short}.yaml"
     if path.is_file() and path.resolve().is_relative_to(configs_dir() / "experiments"):
         raise UsageError(f"--config {name} describes several runs: use `fomal experiment {path.stem}`.")
+    if path.is_file() and path.resolve().is_relative_to(configs_dir() / "sweeps"):
+        raise UsageError(f"--config {name} describes a sweep of Weights & Biases: use `wandb sweep {path}`.")
     if Path(name).is_file():
         return name
     if short not in config_names():

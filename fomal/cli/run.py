@@ -20,7 +20,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fomal.build import SEED, add_arguments, read_checkpoint, stream_seed
-from fomal.callbacks import ExitOnSigterm, LearningCurve, MetaProgressBar, PredictionsFile, ResultsFile, SaveLast
+from fomal.callbacks import (
+    EpisodeGrid,
+    ExitOnSigterm,
+    LearningCurve,
+    MetaProgressBar,
+    PredictionsFile,
+    ResultsFile,
+    SaveLast,
+)
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
@@ -70,7 +78,7 @@ def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
     Args:
         trainer: the trainer's settings; they can turn the progress bar and checkpoints off.
     """
-    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve(), ExitOnSigterm()]
+    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve(), EpisodeGrid(), ExitOnSigterm()]
     if trainer.get("enable_progress_bar") is not False:
         chosen.append(MetaProgressBar())
     if trainer.get("enable_checkpointing") is not False:
