@@ -25,6 +25,16 @@ STEPS = 60
 Launch = tuple[int, int]  # processes, loader workers
 
 
+class Pause(Callback):
+    """Makes meta-iterations take longer, so that they can be interrupted."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        time.sleep(self.seconds)
+
+
 class Progress(Callback):
     """Tells the test how far the first process is."""
 
@@ -46,7 +56,7 @@ def fit(args: list[str], progress: Any) -> None:
 class Run:
     """A run of `STEPS` meta-iterations in a folder, in one or two processes."""
 
-    def __init__(self, folder: Path, launch: Launch) -> None:
+    def __init__(self, folder: Path, launch: Launch, pause: float = 0.0) -> None:
         folder.mkdir(parents=True)
         self.folder, self.launch, self.starts = folder, launch, 0
         self.progress = FORK.Value(c_int, -1)
@@ -70,6 +80,7 @@ class Run:
                 "enable_progress_bar": False,
                 "callbacks": [
                     {"class_path": "fomal.callbacks.SaveLast", "init_args": {"every_n_meta_iterations": 5}},
+                    {"class_path": "tests.test_resume.Pause", "init_args": {"seconds": pause}},
                 ],
             },
         }
