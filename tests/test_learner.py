@@ -257,26 +257,10 @@ def test_a_separate_tail_is_the_last_batch_and_nothing_else():
 
 
 def smooth_learner(rule, inner):
-    """Without the bends of ReLU, beyond which second derivatives in few digits mean little."""
+    """Without the bends of ReLU, beyond which second derivatives in few digits mean little; no gradient is zero."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3, 2), BatchNorm(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, 2, bias=False), BatchNorm(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
     return blob_learner(rule, inner, network)
-
-
-@pytest.mark.parametrize("make", [(smooth_learner, Blobs), (sine_learner, SinusoidDataModule)])
-@pytest.mark.parametrize("rule", [Reptile(), MAML()], ids=["reptile", "maml"])
-def test_bf16_mixed_is_close_to_32_bit(make, rule):
-    """bfloat16 keeps 8 bits: one outer gradient may be a few per cent off, and stays in float32."""
-    moves = []
-    for precision in ("32-true", "bf16-mixed"):
-        learner = make[0](rule, inner=SGD(0.02))
-        start = weights(learner)
-        trainer(1, precision=precision).fit(learner, datamodule=make[1](train_query_shots=4))
-        after = weights(learner)
-        assert all(value.dtype == torch.float32 for value in after.values())
-        moves.append(torch.cat([(after[name] - start[name]).flatten() for name in start]))
-    assert (moves[1] - moves[0]).norm() < 0.15 * moves[0].norm()
-    assert not torch.equal(*moves)
 
 
 def test_double_precision_is_double_throughout():
