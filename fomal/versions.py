@@ -14,6 +14,7 @@ from fomal import __version__
 _PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "numpy")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     ours = {"python": platform.python_version(), "fomal": __version__}

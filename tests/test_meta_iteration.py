@@ -181,3 +181,21 @@ def test_every_process_ends_where_one_has_such_a_task(tmp_path: Path) -> None:
     first, second = (log.read_text() for log in group.logs)
     assert "FloatingPointError: meta-iteration 2: the loss, gradient or inner state of another process's task" in first
     assert "FloatingPointError: meta-iteration 2: the loss, gradient or inner state of training episode 5" in second
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_looked_at_every_ten_meta_iterations() -> None:
+    reached = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            reached.append(trainer.global_step)
+
+    with pytest.raises(FloatingPointError, match="^meta-iteration 10: .* in a meta-iteration shortly before is not"):
+        trainer(30, accelerator="gpu", devices=1, callbacks=[Look()]).fit(sine_learner(), datamodule=Poisoned({9}))
+    assert len(reached) == 10
+    learner = sine_learner(on_nonfinite="skip_task")
+    trainer(30, accelerator="gpu", devices=1).fit(learner, datamodule=Poisoned({9, 10}))
+    assert learner.skipped_tasks == 2
+    assert all(value.isfinite().all() for value in weights(learner).values())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,16 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
-from fomal.callbacks import SaveLast
+from fomal.callbacks import ExitOnSigterm, SaveLast
+from fomal.cli import main
+from fomal.data import SinusoidDataModule
 from fomal.distributed import launched_processes
 from fomal.inner import SGD, Adam
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.preflight import check_trainer
+from fomal.versions import commits, versions
 from tests.processes import Group
-from tests.test_learner import Blobs, blob_learner, trainer, weights
+from tests.sine import tiny_model
+from tests.test_learner import Blobs, blob_learner, sine_learner, trainer, weights
 
 RULES = {
     "Reptile, carried Adam": (Reptile(), Adam(0.01)),
@@ -136,6 +144,62 @@ def test_a_meta_iteration_sends_one_message(world: int, trained) -> None:
     for rank in range(world):
         counts = trained[world, rank][1]
         assert {name: number for name, number in counts.items() if number} == {"all_reduce": 4}
+
+
+# -- evaluation from the command line
+
+
+def evaluate(folder: Path, world: int) -> None:
+    shared = ["--config", str(folder / "config.yaml"), f"--trainer.devices={world}"]
+    strategy = "--trainer.strategy=ddp" if world > 1 else "--trainer.strategy=auto"
+    for verb in ("test", "predict"):
+        for tasks in (7, 1):  # one: a process has none
+            place = f"--trainer.default_root_dir={folder}/{world}/{tasks}"
+            main([verb, *shared, strategy, place, f"--data.test_tasks={tasks}"])
+
+
+def test_testing_and_predicting_share_the_tasks_out(tmp_path: Path) -> None:
+    config = {
+        "model": tiny_model(),
+        "data": {"class_path": "fomal.data.SinusoidDataModule", "init_args": {"eval_tasks_per_batch": 2}},
+        "trainer": {"accelerator": "cpu", "precision": "64-true", "enable_progress_bar": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for world in (1, 2):
+        group = Group(world, evaluate, tmp_path, world, out=tmp_path)
+        assert group.wait(60) == [0] * world, group.said()
+    for tasks in (7, 1):
+        one, two = (tmp_path / world / str(tasks) for world in "12")
+        assert (one / "predictions.csv").read_text() == (two / "predictions.csv").read_text()
+        expected, found = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+        assert found["tasks"] == expected["tasks"] == tasks
+        assert found["metrics"].keys() == expected["metrics"].keys()
+        for name, value in expected["metrics"].items():  # null: a single task has no interval
+            assert found["metrics"][name] == (value if value is None else pytest.approx(value, rel=1e-12))
+        assert found["versions"] == versions()
+        assert found["commits"] == commits()
+
+
+def wait_in_a_test(folder: Path) -> None:
+    class Slow(SinusoidDataModule):
+        def episodes(self, split: str, number: torch.Tensor) -> Any:
+            (folder / f"waiting{os.environ['RANK']}").touch()
+            time.sleep(0.05)
+            return super().episodes(split, number)
+
+    callbacks = [ExitOnSigterm()]
+    run = trainer(devices=2, strategy="ddp", callbacks=callbacks)
+    run.test(sine_learner(), datamodule=Slow(test_tasks=10000), verbose=False)
+
+
+def test_a_test_that_is_asked_to_stop_does(tmp_path: Path) -> None:
+    group = Group(2, wait_in_a_test, tmp_path, out=tmp_path)
+    while len(list(tmp_path.glob("waiting*"))) < 2:
+        assert all(process.is_alive() for process in group.processes), group.said()
+        time.sleep(0.05)
+    time.sleep(0.3)
+    group.send(signal.SIGTERM)
+    assert group.wait(20) == [143, 143], group.said()
 
 
 # -- what is refused

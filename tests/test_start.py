@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,25 @@ def test_import_and_help_take_no_longer_than_the_libraries_alone() -> None:
 def test_importing_the_package_imports_no_library() -> None:
     code = "import sys, fomal; assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_process_that_is_asked_to_end_while_it_starts_does() -> None:
+    """Also as the first process of a container, for which SIGTERM has no default."""
+    run = subprocess.Popen([sys.executable, "-m", "fomal", "fit"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        bit = 1 << (signal.SIGTERM - 1)
+        while not int(caught(run.pid), 16) & bit:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.terminate()
+        said = b"".join(run.communicate(timeout=60))
+    finally:
+        run.kill()
+    assert run.returncode == 143
+    assert b"Traceback" not in said
+
+
+def caught(pid: int) -> str:
+    """The signals for which a process has handlers, as Linux shows them: a hexadecimal mask."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith("SigCgt"))

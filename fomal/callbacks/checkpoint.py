@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.callbacks.signals import EXIT_CODE, Handlers, leave, requeue, requeue_signal
+from fomal.callbacks.signals import requeue, requeue_signal
 from fomal.checkpoints import LAST, PREVIOUS, publish
 from fomal.checks import positive
 from fomal.data.episode import Episode
 from fomal.distributed import together
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
+from fomal.signals import EXIT_CODE, Handlers, leave
 
 
 class SaveLast(Checkpoint):

@@ -1,4 +1,4 @@
-"""What to do when the system or the user asks a process to end."""
+"""End an evaluation in order, and put a SLURM job back into the queue."""
 
 from __future__ import annotations
 
@@ -6,44 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
-from collections.abc import Callable
-from types import FrameType
-from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-EXIT_CODE = 128 + signal.SIGTERM
-"""The exit code of a run that saved and ended because it was asked to, by SIGTERM or before a requeue: 143."""
-
-Handler = Callable[[int, FrameType | None], Any] | int | None
-
-
-class Handlers:
-    """Signal handlers that are put in place for a while."""
-
-    def __init__(self) -> None:
-        self._earlier: dict[int, Handler] = {}
-
-    def install(self, numbers: set[int], handler: Callable[[int, FrameType | None], Any]) -> None:
-        """Handle `numbers`; nothing outside the main thread, where Python allows no handlers."""
-        if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                before = signal.signal(number, handler)
-                self._earlier.setdefault(number, before)
-
-    def restore(self) -> None:
-        """Put the earlier handlers back."""
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier = {}
-
-
-def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process in order, with the exit code of `number`."""
-    raise SystemExit(128 + number)
+from fomal.signals import EXIT_CODE, Handlers, leave
 
 
 class ExitOnSigterm(Callback):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from fomal import __version__
 from fomal.cli.configs import DEFAULT, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.signals import leave
 
 __all__ = ["VERBS", "Verb", "configs_dir", "main"]
 
@@ -67,6 +69,8 @@ def main(args: Sequence[str] | None = None) -> Any:
         print(f"fomal {__version__}")
         raise SystemExit(0)
     verb, *rest = given
+    if args is None:
+        signal.signal(signal.SIGTERM, leave)  # the first process of a container has no default
     try:
         if verb not in VERBS:
             hint = did_you_mean(verb, VERBS) or f"; verbs: {', '.join(VERBS)}"
