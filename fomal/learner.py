@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any, Literal
 
 import lightning as L
@@ -25,7 +24,7 @@ from fomal.evaluation import ClassificationResult, RegressionResult, classify, r
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.rollout import InnerLoop, take
-from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient
+from fomal.meta_iteration import bad_tasks, mean_over_processes, meta_gradient
 from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
@@ -33,9 +32,7 @@ from fomal.outer.rule import OuterRule
 from fomal.preflight import check_trainer
 from fomal.tree import Tree
 from fomal.versions import commits, versions
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-LOOK_EVERY = 10  # meta-iterations between looks at what a GPU has found, since each look waits for it
+from fomal.watch import Watch
 
 
 class MetaLearner(L.LightningModule):
@@ -127,10 +124,7 @@ class MetaLearner(L.LightningModule):
         self.skipped_tasks = 0
         self.config: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
-        self.asked_to_stop = 0  # by which signal this process was, if any
-        self.stopping = 0  # the signal by which all processes stop before the next meta-iteration
-        self._finite = torch.tensor(True)
-        self._flags, self._asked_flags = torch.empty(0), [0.0]
+        self.watch = Watch()
         # Nothing is left for torchmetrics to reduce: training losses are means over processes already, and the
         # figures of an evaluation are reduced all at once.
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
@@ -222,8 +216,14 @@ class MetaLearner(L.LightningModule):
         torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         inner, phi = self.inner_loop(batch, training=True), self.initialisation()
         skip = self.on_nonfinite == "skip_task"
-        found, flags = mean_over_processes(meta_gradient(self.rule, inner, phi, skip), self._stop_flags())
-        self._look(found, flags, inner)
+        found = meta_gradient(self.rule, inner, phi, skip)
+        found, flags = mean_over_processes(found, self.watch.flags(self.device))
+        self.watch.look(
+            flags,
+            found.is_finite(),
+            self.global_step + 1,
+            lambda: inner.episode.number[bad_tasks(self.rule, inner, phi)].tolist(),
+        )
         counts = not skip or bool(found.weight)
         if counts and self.inner_state == "carried" and found.state:
             self.carried = found.state
@@ -235,36 +235,6 @@ class MetaLearner(L.LightningModule):
         if skip:
             self.skipped_tasks += int(found.skipped)
         self._log_training(found.losses[None] if counts else found.losses[None][:0])
-
-    def _stop_flags(self) -> Tensor:
-        """For each signal, whether this process has been asked by it to stop."""
-        flags = [float(self.asked_to_stop == number) for number in STOP_SIGNALS]
-        if self._flags.device != self.device or self._asked_flags != flags:
-            self._asked_flags, self._flags = flags, torch.tensor(flags, device=self.device)
-        return self._flags
-
-    def _look(self, found: MetaGradient, flags: Tensor, inner: InnerLoop) -> None:
-        """See whether to stop, because of a signal to any process or of a value that is not finite."""
-        self._finite = self._finite.to(self.device) & found.is_finite()
-        if self.device.type != "cpu" and (self.global_step + 1) % LOOK_EVERY:
-            return
-        self.stopping = max((n for n, asked in zip(STOP_SIGNALS, flags.tolist(), strict=True) if asked), default=0)
-        self.refuse_nonfinite(inner)
-
-    def refuse_nonfinite(self, inner: InnerLoop | None = None) -> None:
-        """Raise FloatingPointError if a meta-iteration since the last look gave a value that is infinite or NaN."""
-        if self._finite:
-            return
-        self._finite = torch.tensor(True)
-        where = "in a meta-iteration shortly before"
-        if inner is not None and self.device.type == "cpu":
-            numbers = inner.episode.number[bad_tasks(self.rule, inner, self.initialisation())].tolist()
-            where = f"of training episode {', '.join(map(str, numbers))}" if numbers else "of another process's task"
-        raise FloatingPointError(
-            f"meta-iteration {self.global_step + 1}: the loss, gradient or inner state {where} is not finite: lower "
-            f"model.inner_optimizer.lr or the outer step size, or leave such tasks out with model.on_nonfinite: "
-            f"skip_task."
-        )
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()

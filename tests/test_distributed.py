@@ -1,33 +1,95 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from fomal.distributed import average_over_processes
-
-
-def _worker(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        trees = [
-            {"a": torch.full((2, 3), float(rank)), "b": torch.tensor(rank * 10.0)},
-            {"c": torch.arange(4.0) * rank},
-        ]
-        torch.save(average_over_processes(trees), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+from fomal.distributed import gather, leave_at_exit, refuse_disagreement, sum_over_processes, together
+from tests.processes import Group
 
 
-def test_every_process_gets_the_mean(tmp_path):
-    mp.start_processes(_worker, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+def joined() -> int:
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def add(folder: Path) -> None:
+    rank = joined()
+    tensors = [torch.full((2, 3), float(rank)), torch.tensor(1e-9 * (1 + rank), dtype=torch.float64), torch.empty(0)]
+    torch.save((sum_over_processes(tensors), gather({"rank": rank})), folder / f"{rank}.pt")
+    halves = sum_over_processes([torch.full((4,), 1 / 512 if rank else 1.0, dtype=torch.bfloat16)])
+    assert halves[0].tolist() == [1 + 1 / 512] * 4  # which bfloat16 does not hold
+    dist.destroy_process_group()
+
+
+def test_every_process_gets_the_sums_and_what_all_say(tmp_path: Path) -> None:
+    group = Group(2, add, tmp_path, out=tmp_path)
+    assert group.wait(60) == [0, 0], group.said()
     for rank in range(2):
-        first, second = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(first["a"], torch.full((2, 3), 0.5))
-        assert first["b"].shape == ()
-        assert first["b"] == 5
-        assert torch.equal(second["c"], torch.arange(4.0) / 2)
+        (matrix, scalar, nothing), said = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(matrix, torch.ones(2, 3, dtype=torch.float64))
+        assert scalar.shape == ()
+        assert scalar.item() == pytest.approx(3e-9, rel=1e-12)
+        assert nothing.shape == (0,)
+        assert said == [{"rank": 0}, {"rank": 1}]
 
 
-def test_one_process_is_left_alone():
-    tree = {"a": torch.ones(2)}
-    assert average_over_processes([tree])[0] is tree
+def test_one_process_is_left_alone() -> None:
+    tensor = torch.ones(2)
+    assert sum_over_processes([tensor])[0] is tensor
+    assert gather(3) == [3]
+    refuse_disagreement({"anything": 3})
+    with pytest.raises(RuntimeError, match="^its own$"), together():
+        raise RuntimeError("its own")
+
+
+def lose_one() -> None:
+    if joined():
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        sum_over_processes([torch.ones(1000)])
+    except RuntimeError as error:
+        print(f"after {time.monotonic() - started:.0f} s: {error}")
+        sys.exit(7)
+
+
+def test_a_process_that_is_gone_is_said_plainly(tmp_path: Path) -> None:
+    group = Group(2, lose_one, out=tmp_path)
+    assert group.wait(30) == [7, -signal.SIGKILL], group.said()
+    assert "process 0: another of the 2 processes ended, or cannot be reached: see what it said" in group.said()
+
+
+def end_with(how: str) -> None:
+    joined()
+    leave_at_exit()
+    sum_over_processes([torch.ones(10)])
+    if how == "an error":
+        raise ValueError("an error")
+
+
+@pytest.mark.parametrize(("how", "code"), [("nothing", 0), ("an error", 1)])
+def test_the_process_group_is_left_in_order(how: str, code: int, tmp_path: Path) -> None:
+    """Without that, gloo's threads abort some of the processes that end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, torch.distributed as dist\n"
+        "from tests.test_distributed import end_with\n"
+        "atexit.register(lambda: print('left:', not dist.is_initialized(), flush=True))\n"  # runs after ours
+        f"end_with({how!r})\n"
+    )
+
+    group = Group(2, run_script, script, out=tmp_path)
+    assert group.wait(90) == [code, code], group.said()
+    assert group.said().count("left: True") == 2
+
+
+def run_script(script: Path) -> None:
+    root = str(Path(__file__).resolve().parents[1])
+    os.execve(sys.executable, [sys.executable, str(script)], {**os.environ, "PYTHONPATH": root})

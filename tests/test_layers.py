@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"checkpoints", "checks", "files", "loggers", "random", "signals", "tree", "versions"},
+    {"checkpoints", "checks", "files", "loggers", "random", "signals", "tree", "versions", "watch"},
     {"distributed"},
     {"metrics"},
     {"data", "models"},

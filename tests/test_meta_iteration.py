@@ -109,11 +109,11 @@ def test_nothing_is_saved_while_such_a_value_is_unseen(tmp_path: Path) -> None:
 
     class Unseen(L.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            learner._finite = torch.tensor(trainer.global_step < 4)
+            learner.watch._finite = torch.tensor(trainer.global_step < 4)
 
-    learner._look = lambda *args: None
+    learner.watch.look = lambda *args: None
     callbacks = [Unseen(), SaveLast(2, str(tmp_path))]
-    with pytest.raises(FloatingPointError, match="^meta-iteration 5: .* in a meta-iteration shortly before is not"):
+    with pytest.raises(FloatingPointError, match="^meta-iteration 4: .* in a meta-iteration shortly before is not"):
         trainer(6, callbacks=callbacks, enable_checkpointing=True).fit(learner, datamodule=Poisoned(set()))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 

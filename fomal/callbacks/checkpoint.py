@@ -126,15 +126,16 @@ class SaveLast(Checkpoint):
             raise KeyboardInterrupt
         self._asked = signal.SIGUSR1 if number == self._requeue else number
         if self._learner is not None:
-            self._learner.asked_to_stop = self._asked
+            self._learner.watch.asked = self._asked
         text = "; press again to stop at once." if number == signal.SIGINT else "."
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         rank_zero_info(f"{name}: finishing this meta-iteration and saving{text}")
 
     def _stopping(self, trainer: L.Trainer) -> int:
         """The signal by which all processes stop here; 0 for none."""
-        several = trainer.world_size > 1 and self._learner is not None
-        return self._learner.stopping if several and self._learner else self._asked
+        if trainer.world_size > 1 and self._learner is not None:
+            return self._learner.watch.stopping
+        return self._asked
 
     def _stop(self, trainer: L.Trainer, validation_due: bool = False) -> None:
         number = self._stopping(trainer)
@@ -155,7 +156,7 @@ class SaveLast(Checkpoint):
         if is_trial(trainer) or (step == self._saved_at and not self._validation_due):
             return
         if self._learner is not None:
-            self._learner.refuse_nonfinite()
+            self._learner.watch.refuse_nonfinite(step)
         for logger in trainer.loggers:
             logger.save()  # a killed process writes nothing more
         path = self.path(trainer)
