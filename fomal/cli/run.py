@@ -37,6 +37,7 @@ from fomal.cli.explain import explain
 from fomal.cli.given import Given, with_config_paths
 from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
+from fomal.distributed import launched_processes
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
 from fomal.preflight import check_precision
@@ -57,6 +58,8 @@ def run_cli(cli: type[FomalCLI], verb: str, args: Sequence[str]) -> FomalCLI:
         # Lightning's own use of torch; nothing the user could change.
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+        # The figures of an evaluation are the same in every process already.
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log\\(.*sync_dist=True")
         handler = signal.getsignal(signal.SIGINT)
         try:
             return cli(verb, args)
@@ -271,7 +274,9 @@ class FomalCLI(LightningCLI):
             raise root from None
 
     def after_instantiate_classes(self) -> None:
-        """Tell the model its configuration, for checkpoints and results."""
+        """Refuse a meta-batch that does not divide; tell the model its configuration, for checkpoints and results."""
+        if self.verb == "fit":
+            self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
         plain = self._plain(self.config)
         self.model.config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
 
