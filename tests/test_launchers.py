@@ -92,6 +92,7 @@ def test_torchrun_starts_again_what_was_killed_and_it_goes_on(launch: Any, whole
     same(run.found(), whole((2, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_sigterm_to_torchrun_saves(launch: Any, whole: Any, tmp_path: Path) -> None:  # noqa: F811
     run = Run(tmp_path / "run", (2, 0), pause=0.05)
@@ -112,6 +113,7 @@ def test_lightnings_own_launcher_trains_the_same(launch: Any, whole: Any, tmp_pa
     same(run.found(), whole((2, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_torchrun_with_a_trainer_that_does_not_see_it_is_refused(launch: Any, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", (1, 0))

@@ -293,10 +293,10 @@ class FomalCLI(LightningCLI):
         if is_trial(self.trainer):
             return
         log = run_folder(self.trainer) / "metrics.csv"
+        # CSVLogger deletes the log that is there when training starts.
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         if not self.trainer.is_global_zero or not log.is_file():
             return
-        # CSVLogger deletes what is there when training starts.
-        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         ckpt_path = self.config[self.verb].get("ckpt_path")
         logger = self.trainer.logger
         if ckpt_path and isinstance(logger, CSVLogger) and resume.is_of_run(Path(ckpt_path), log.parent):
