@@ -21,6 +21,7 @@ from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
 from fomal.distributed import refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, classify, regress
+from fomal.inner.compiled import CompiledStep
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.rollout import InnerLoop, take
@@ -58,6 +59,9 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: inner steps on a validation, test or prediction task.
         eval_inner_batch_size: support examples per inner step on such a task.
         vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
+        compiled: compile the inner step with torch.compile, which takes some ten seconds for each shape of its
+            mini-batches and results that differ by rounding; rules that differentiate through the inner loop, and
+            optimisers with noise, run as they are.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
@@ -85,6 +89,7 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: int = 50,
         eval_inner_batch_size: int = 5,
         vectorize: bool | None = None,
+        compiled: bool = False,
         adapt: list[str] | None = None,
         outer_parameters: Literal["all", "adapted"] = "all",
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
@@ -119,6 +124,7 @@ class MetaLearner(L.LightningModule):
         if self.adapted is not None:
             self._restrict(self.adapted, outer_parameters)
         self.objective = Objective(network, vectorize)
+        self.compiled = CompiledStep(self.objective) if compiled else None
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
@@ -166,6 +172,7 @@ class MetaLearner(L.LightningModule):
             plan=self._plan(episode, training),
             episode=episode.floating(like.dtype),
             adapted=self.adapted,
+            compiled=None if training and self.rule.differentiates else self.compiled,
         )
         self._check_network(inner, second_order=training and self.rule.differentiates)
         return inner
