@@ -75,14 +75,14 @@ class SaveLast(Checkpoint):
         """Keep what another run left in the same place, listen for signals, and make up an interrupted validation."""
         self._learner = pl_module if isinstance(pl_module, MetaLearner) else None
         self._asked, self._saved_at = 0, trainer.global_step if trainer.ckpt_path else -1
+        if is_trial(trainer):
+            return
         path = self.path(trainer)  # in every process: it broadcasts
         own = [path, path.with_name(PREVIOUS)]
         goes_on = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)).resolve() in [file.resolve() for file in own]
-        if trainer.is_global_zero and not is_trial(trainer) and not goes_on:
+        if trainer.is_global_zero and not goes_on:
             for file in own:
                 keep_earlier(file)
-        if is_trial(trainer):
-            return
         self._requeue = requeue_signal(trainer)
         self._handlers.install({signal.SIGINT, signal.SIGTERM, *filter(None, [self._requeue])}, self._on_signal)
         # Signals reach the other processes with the outer gradient; Lightning's broadcast in every step is not needed.
