@@ -60,7 +60,7 @@ class Cluster:
     def wait_until_saved(self) -> None:
         self.hosts[1].until(self.saved, 120)
 
-    def finish(self, seconds: float = 240) -> None:
+    def finish(self, seconds: float = 400) -> None:
         """Wait for the end of the run, starting again a host whose torchrun has given up."""
         end = time.monotonic() + seconds
         while any(code := [host.process.poll() for host in self.hosts.values()]) or None in code:
