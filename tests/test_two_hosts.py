@@ -91,39 +91,44 @@ def test_two_hosts_train_what_one_does(cluster: Any, whole: Any) -> None:  # noq
     same(both.run.found(), whole(LAUNCH))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_worker_that_is_killed_is_started_again(cluster: Any, whole: Any) -> None:  # noqa: F811
-    both = cluster(pause=0.1)
+def saved(cluster: Any) -> Cluster:
+    """A run that has a checkpoint, slow enough to be interrupted."""
+    both: Cluster = cluster(pause=0.1)
     both.wait_until_saved()
-    os.kill(workers(both.hosts[2].process.pid)[-1], signal.SIGKILL)
+    return both
+
+
+def goes_on(both: Cluster, whole: Any) -> None:  # noqa: F811
+    """Assert that it ends from its checkpoint, with all that an uninterrupted run leaves."""
     both.finish()
     assert "going on from" in both.said()
     same(both.run.found(), whole(LAUNCH))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_killed_is_started_again(cluster: Any, whole: Any) -> None:  # noqa: F811
+    both = saved(cluster)
+    os.kill(workers(both.hosts[2].process.pid)[-1], signal.SIGKILL)
+    goes_on(both, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_host_that_is_killed_and_comes_back_goes_on(cluster: Any, whole: Any) -> None:  # noqa: F811
-    both = cluster(pause=0.1)
-    both.wait_until_saved()
+    both = saved(cluster)
     inside = subprocess.run(["ip", "netns", "pids", "h2"], capture_output=True, text=True, check=True).stdout.split()
     for pid in inside:
         os.kill(int(pid), signal.SIGKILL)
     time.sleep(5)
-    both.finish()
-    assert "going on from" in both.said()
-    same(both.run.found(), whole(LAUNCH))
+    goes_on(both, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_wire_that_is_cut_and_mended(cluster: Any, whole: Any) -> None:  # noqa: F811
-    both = cluster(pause=0.1)
-    both.wait_until_saved()
+    both = saved(cluster)
     hosts("cut", "2")
     time.sleep(25)  # until TCP has given up
     hosts("mend", "2")
-    both.finish()
-    assert "going on from" in both.said()
-    same(both.run.found(), whole(LAUNCH))
+    goes_on(both, whole)
