@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tests.benchmarks.peers.peer import Peer, batches, loss_of
+from tests.benchmarks.peers.peer import Peer, batches
 from tests.benchmarks.works import Work
+from tests.oracle import loss_of
 
 
 class Higher(Peer):

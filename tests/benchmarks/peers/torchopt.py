@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan
-from tests.benchmarks.peers.peer import Peer, batches, loss_of
+from tests.benchmarks.peers.peer import Peer, batches
 from tests.benchmarks.works import Work
+from tests.oracle import loss_of
 
 
 class TorchOpt(Peer):
