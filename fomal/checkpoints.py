@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fomal.checks import first_line
+
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -24,8 +26,13 @@ def verify(path: Path) -> None:
             raise ValueError(f"the checksum of its part {wrong} is wrong")
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is cut short or damaged ({reason})") from error
+        message = f"{path} cannot be read as a checkpoint: it is cut short or damaged ({first_line(error)})"
+        raise ValueError(message) from error
+
+
+def meta_iterations(path: Path) -> int:
+    """For how many meta-iterations a checkpoint has been trained; nothing else of it is read."""
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def publish(unfinished: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of settings: one-line errors that name setting, value and remedy."""
+"""Checks of settings, and short texts of errors: one line that names setting, value and remedy."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def one_of(choices: Iterable[str], **values: str) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of our own; its kind where it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

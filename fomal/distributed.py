@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomal.checks import first_line
+
 
 def processes() -> int:
     """The number of processes that train together."""
@@ -31,10 +33,9 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         if processes() == 1:
             raise
-        reason = str(error).strip().splitlines()[0]
         raise RuntimeError(
             f"process {dist.get_rank()}: another of the {processes()} processes ended, or cannot be reached: see what "
-            f"it said; `--ckpt_path last` goes on from the last checkpoint. ({reason})"
+            f"it said; `--ckpt_path last` goes on from the last checkpoint. ({first_line(error)})"
         ) from error
 
 

@@ -48,6 +48,12 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
+def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The Euclidean norms of a - b and of b, over all their tensors: (), ()."""
+    apart = torch.stack([(a[name] - value).norm() for name, value in b.items()]).norm()
+    return apart, torch.stack([value.norm() for value in b.values()]).norm()
+
+
 def detach(tree: Mapping[str, Tensor]) -> Tree:
     """The same values, cut off from autograd."""
     return {name: t.detach() for name, t in tree.items()}

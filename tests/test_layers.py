@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"checkpoints", "checks", "files", "loggers", "random", "signals", "tree", "versions", "watch"},
-    {"distributed"},
+    {"checks", "files", "loggers", "random", "signals", "tree", "versions", "watch"},
+    {"checkpoints", "distributed"},
     {"metrics"},
     {"data", "models"},
     {"inner"},

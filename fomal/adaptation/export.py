@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fomal.adaptation.model import Adapted
-from fomal.checks import one_of
+from fomal.checks import first_line, one_of
 from fomal.models.norm import has_batch_norm
 
 Format = Literal["onnx", "torchscript", "torch-export"]
@@ -85,7 +85,7 @@ def export(model: Adapted, path: Path, kind: Format, transductive: bool = False)
             except ModuleNotFoundError:
                 raise
             except Exception as error:  # the exporters raise many kinds
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = first_line(error)
                 raise ValueError(f"the network cannot be exported as {kind}: {reason}") from error
             _compare(module, model, read(unfinished), kind)
         for file in folder.iterdir():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fomal.callbacks.folder import run_folder
+from fomal.checkpoints import meta_iterations
 from fomal.data.episode import Episode
 from fomal.distributed import gather
 from fomal.files import keep_earlier
@@ -81,8 +81,7 @@ def _meta_iterations(trainer: L.Trainer) -> int | None:
         return trainer.global_step or None  # of a `fit` by the same trainer
     if not Path(trainer.ckpt_path).is_file():
         return None
-    checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-    return int(checkpoint["global_step"])
+    return meta_iterations(Path(trainer.ckpt_path))
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fomal.build import SEED, add_arguments, read_checkpoint, stream_seed
+from fomal.build import SEED, add_arguments, stream_seed
 from fomal.callbacks import (
     EpisodeGrid,
     ExitOnSigterm,
@@ -30,6 +30,7 @@ from fomal.callbacks import (
     SaveLast,
 )
 from fomal.callbacks.folder import is_trial, run_folder
+from fomal.checkpoints import meta_iterations
 from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
@@ -300,7 +301,7 @@ class FomalCLI(LightningCLI):
         ckpt_path = self.config[self.verb].get("ckpt_path")
         logger = self.trainer.logger
         if ckpt_path and isinstance(logger, CSVLogger) and resume.is_of_run(Path(ckpt_path), log.parent):
-            resume.go_on_with_log(logger, log, read_checkpoint(ckpt_path)["global_step"])
+            resume.go_on_with_log(logger, log, meta_iterations(Path(ckpt_path)))
         else:
             keep_earlier(log)
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomal.checks import first_line
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State
-from fomal.tree import Tree
+from fomal.tree import Tree, difference
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class CompiledStep:
         try:
             moved, state, gradient, loss = self._compiled[id(optimizer)](*arguments)
         except Exception as error:  # the compiler raises many kinds, e.g. without a C++ compiler
-            self._give_up(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+            self._give_up(first_line(error))
             return None
         if shape not in self._proven:
             _, _, expected, losses = plain_step(self.objective, optimizer, *arguments)
@@ -80,8 +81,7 @@ class CompiledStep:
 
 
 def _difference(found: Tree, expected: Tree) -> str:
-    error = torch.stack([(found[name] - value).double().norm() for name, value in expected.items()]).norm()
-    scale = torch.stack([value.double().norm() for value in expected.values()]).norm()
+    error, scale = difference(found, expected)
     tolerance = TOLERANCE.get(next(iter(expected.values())).dtype, 0.1)
     return "" if error <= tolerance * scale else f"the compiled gradient is off by {error / scale:.1e} of its norm"
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fomal.tree import Tree, stack
+from fomal.checks import first_line
+from fomal.tree import Tree, difference, stack
 
 log = logging.getLogger(__name__)
 
@@ -185,15 +186,14 @@ def _reason(run: Callable[[], object]) -> str:
     try:
         run()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return ""
 
 
 def _difference(found: list[Tree], expected: list[Tree]) -> str:
     """What is wrong with `found`, in words; empty where it equals `expected` up to rounding."""
     for a, b, what in zip(found, expected, ("gradient", "second derivative"), strict=False):
-        error = torch.stack([(a[name] - b[name]).norm() for name in b]).norm()
-        scale = torch.stack([value.norm() for value in b.values()]).norm()
+        error, scale = difference(a, b)
         tolerance = 1e-6 if scale.dtype == torch.float64 else 1e-2
         if not error <= tolerance * scale + torch.finfo(scale.dtype).tiny:
             return f"its vectorised {what} is off by {error / scale:.1e} of its norm"
