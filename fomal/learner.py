@@ -21,9 +21,9 @@ from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
 from fomal.distributed import refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, classify, regress
-from fomal.inner.compiled import CompiledStep
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.inner.recorded import Recorder
 from fomal.inner.rollout import InnerLoop, take
 from fomal.meta_iteration import bad_tasks, mean_over_processes, meta_gradient
 from fomal.metrics import TaskMean, merge_over_processes
@@ -59,9 +59,12 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: inner steps on a validation, test or prediction task.
         eval_inner_batch_size: support examples per inner step on such a task.
         vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
-        compiled: compile the inner step with torch.compile, which takes some ten seconds for each shape of its
-            mini-batches and results that differ by rounding; rules that differentiate through the inner loop, and
-            optimisers with noise, run as they are.
+        recorded: record the operations of an inner step, and of an evaluation, once for each shape, and replay them:
+            results differ by rounding, and each recording is compared with the plain functions before it is used.
+            What the network's forward does beside torch operations must be the same each time; null records networks
+            made of torch's, torchvision's, timm's and fomal's modules. Rules that differentiate through the inner
+            loop run as they are written.
+        compiled: also compile recordings with torch.compile, which takes some ten seconds for each and a C++ compiler.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
@@ -89,6 +92,7 @@ class MetaLearner(L.LightningModule):
         eval_inner_steps: int = 50,
         eval_inner_batch_size: int = 5,
         vectorize: bool | None = None,
+        recorded: bool | None = None,
         compiled: bool = False,
         adapt: list[str] | None = None,
         outer_parameters: Literal["all", "adapted"] = "all",
@@ -123,8 +127,7 @@ class MetaLearner(L.LightningModule):
         self.adapted = None if adapt is None else matching(network, adapt)
         if self.adapted is not None:
             self._restrict(self.adapted, outer_parameters)
-        self.objective = Objective(network, vectorize)
-        self.compiled = CompiledStep(self.objective) if compiled else None
+        self.objective = Objective(network, vectorize, Recorder(network, recorded, compiled))
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
@@ -172,7 +175,6 @@ class MetaLearner(L.LightningModule):
             plan=self._plan(episode, training),
             episode=episode.floating(like.dtype),
             adapted=self.adapted,
-            compiled=None if training and self.rule.differentiates else self.compiled,
         )
         self._check_network(inner, second_order=training and self.rule.differentiates)
         return inner

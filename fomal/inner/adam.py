@@ -75,7 +75,7 @@ class Adam(InnerOptimizer):
         for name, p in params.items():
             scale, rate = root.to(p.dtype), step_size.to(p.dtype)
             variance = second[name] + self.eps_root if self.eps_root else second[name]
-            moved[name] = p - rate * first[name] / (variance.sqrt() * scale + self.eps)
+            moved[name] = torch.addcmul(p, first[name] / (variance.sqrt() * scale + self.eps), -rate)
         return moved, updated
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fomal.checks import first_line
+from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.inner.recorded import Recorder
 from fomal.tree import Tree, difference, stack
 
 log = logging.getLogger(__name__)
@@ -26,13 +28,16 @@ class Objective:
     Args:
         network: any module; reached through `torch.func.functional_call`.
         vectorize: True or False to decide; None tries and falls back, with one line that says why.
+        recorder: records what is vectorised, and replays it; None: everything runs as it is written.
     """
 
-    def __init__(self, network: nn.Module, vectorize: bool | None = None) -> None:
+    def __init__(self, network: nn.Module, vectorize: bool | None = None, recorder: Recorder | None = None) -> None:
         self.network = network
+        self.recorder = recorder
         self.vectorize = vectorize
         self.is_given = vectorize is not None
         self._order = 0  # up to which order of derivatives `vectorize` is settled
+        self._is_settling = False
 
     def is_settled(self, second_order: bool) -> bool:
         """Whether it is settled how to run over tasks, for first or second derivatives."""
@@ -58,13 +63,15 @@ class Objective:
         stacked = stack(params, len(x))
         was_training = self.network.training
         self.network.eval()  # dropout would make the two differ
+        self._is_settling = True
         try:
             with torch.autocast(x.device.type, enabled=False):  # rounding is not what is looked for
                 reason = self._try(stacked, x, y, second_order)
         finally:
             self.network.train(was_training)
+            self._is_settling = False
         if was_training and not reason:  # there may be random operations that vmap refuses
-            reason = _reason(lambda: self.losses(stacked, x, y))
+            reason = _reason(lambda: self._over_tasks(self._loss)(stacked, x, y))
         if reason:
             self.vectorize = False
             log.warning(
@@ -104,11 +111,34 @@ class Objective:
         Returns:
             The gradients, stacked, and the losses (T,).
         """
+        return self._run("gradients", self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
 
+    def _gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, Tensor]:
         def loss(params: Tree, x: Tensor, y: Tensor) -> Tensor:
-            return self._loss({**common, **params} if common else params, x, y)
+            return self._loss({**common, **params}, x, y)
 
         return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y)  # type: ignore[no-any-return]
+
+    def step(
+        self, optimizer: InnerOptimizer, params: Tree, state: State, x: Tensor, y: Tensor, common: Tree
+    ) -> tuple[Tree, State, Tensor]:
+        """One step of an optimiser on each task's mini-batch: parameters and state after it, and the losses before it.
+
+        Args:
+            optimizer: one whose `update` does the same in each step.
+            params: stacked parameters, (T, ...) each.
+            state: the optimiser's stacked state.
+            x: (T, B, *input).
+            y: (T, B) labels, or targets (T, B, *output).
+            common: as for `gradients`.
+        """
+
+        def step(params: Tree, state: State, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, State, Tree, Tensor]:
+            gradient, loss = self._gradients(params, x, y, common)
+            return *optimizer.update(gradient, state, params), gradient, loss  # a recording is judged by its gradient
+
+        moved, state, _, loss = self._run(f"step {id(optimizer)}", step, params, state, x, y, common)
+        return moved, state, loss
 
     def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
         """Each task's Hessian of the loss times a vector of its own, by differentiating twice.
@@ -130,11 +160,11 @@ class Objective:
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
-        return self._over_tasks(self._loss)(params, x, y)  # type: ignore[no-any-return]
+        return self._run("losses", self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
 
     def predict(self, params: Tree, x: Tensor) -> Tensor:
         """Outputs (T, B, *output) with all of a task's inputs x (T, B, *input) in one forward pass."""
-        return self._over_tasks(self._forward)(params, x)  # type: ignore[no-any-return]
+        return self._run("predict", self._over_tasks(self._forward), params, x)  # type: ignore[no-any-return]
 
     def predict_alone(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
         """Outputs (T, Q, *output) with each query forwarded together with the whole support set and nothing else.
@@ -155,7 +185,12 @@ class Objective:
                 )
             return torch.stack([with_support(params, support, query) for query in queries])
 
-        return self._over_tasks(task)(params, support_x, query_x)  # type: ignore[no-any-return]
+        return self._run("alone", self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
+
+    def _run(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        if self.recorder is None or not self.vectorize or self._is_settling:
+            return function(*args)
+        return self.recorder(name, function, *args)
 
     def _forward(self, params: Tree, x: Tensor) -> Tensor:
         if x.dtype in (torch.bfloat16, torch.float16):  # the inner loop's own parameters are kept in 32 bits

@@ -12,7 +12,6 @@ from torch import Tensor
 from fomal import tree
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan
-from fomal.inner.compiled import CompiledStep, plain_step
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State, stack_state
 from fomal.tree import Tree
@@ -67,7 +66,6 @@ class InnerLoop:
         plan: the mini-batch of each step.
         episode: the tasks.
         adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
-        compiled: runs the steps, where nothing differentiates through them; None: they are run as they are written.
     """
 
     objective: Objective
@@ -76,7 +74,6 @@ class InnerLoop:
     plan: Plan
     episode: Episode
     adapted: frozenset[str] | None = None
-    compiled: CompiledStep | None = None
 
     def split(self, start: Tree) -> tuple[Tree, Tree]:
         """The parameters that are adapted, and the others."""
@@ -105,10 +102,11 @@ class InnerLoop:
         if onward is not None:
             params, state = self.split(onward.end)[0], onward.state
         for x, y in self.batches():
-            if self.compiled is not None and optimizer is self.optimizer:  # not one of these episodes alone
-                moved, state, loss = self.compiled(optimizer, params, state, (x, y), common)
-            else:
-                moved, state, _, loss = plain_step(self.objective, optimizer, params, state, (x, y), common)
+            if optimizer is self.optimizer:
+                moved, state, loss = self.objective.step(optimizer, params, state, x, y, common)
+            else:  # of these episodes alone, so that its update is not the same in each step
+                gradient, loss = self.objective.gradients(params, x, y, common)
+                moved, state = optimizer.update(gradient, state, params)
             yield Step({**everywhere, **params}, {**everywhere, **moved}, state, loss)
             params = moved
 

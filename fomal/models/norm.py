@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 class BatchNorm(nn.Module):
@@ -28,12 +29,24 @@ class BatchNorm(nn.Module):
         """(B, C, ...) to the same shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            y = nn.functional.batch_norm(wide, None, None, training=True, eps=self.eps)
             if self.weight is not None and self.bias is not None:
-                # Apart, because torch's batch norm with weights of its own has a wrong second derivative under vmap.
-                channels = (-1,) + (1,) * (x.dim() - 2)
-                y = y * self.weight.view(channels) + self.bias.view(channels)
+                y = batch_norm(wide, self.weight, self.bias, self.eps)
+            else:
+                y = nn.functional.batch_norm(wide, None, None, training=True, eps=self.eps)
         return y.to(x.dtype)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise x (B, C, ...) with its own statistics, then scale by weight (C,) and shift by bias (C,).
+
+    As torch's functions, it can be replaced by a `torch.overrides.TorchFunctionMode`.
+    """
+    if has_torch_function((x, weight, bias)):
+        return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps)
+    # Apart, because torch's batch norm with weights of its own has a wrong second derivative under vmap.
+    channels = (-1,) + (1,) * (x.dim() - 2)
+    y = nn.functional.batch_norm(x, None, None, training=True, eps=eps)
+    return y * weight.view(channels) + bias.view(channels)
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="cores to which all is confined; default: 1")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     made.add_argument(
-        "--compiled", action="store_true", help="fomal compiles its inner step (with fit, each time anew)"
+        "--compiled", action="store_true", help="fomal compiles its recordings (with fit, each time anew)"
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures, as they come")
     return made

@@ -63,7 +63,7 @@ class Work:
         fit_iterations: meta-iterations of a whole training.
         adam_lr: step size of Adam (beta1 = 0).
         sgd_lr: step size of SGD.
-        compiled: whether fomal compiles its inner step.
+        compiled: whether fomal compiles its recordings.
     """
 
     name: str
