@@ -64,6 +64,8 @@ class CompiledStep:
         shape = (id(optimizer), arguments[2][0].shape, arguments[2][0].dtype, torch.is_grad_enabled())
         try:
             moved, state, gradient, loss = self._compiled[id(optimizer)](*arguments)
+        except torch.OutOfMemoryError:  # says nothing about the compiler
+            raise
         except Exception as error:  # the compiler raises many kinds, e.g. without a C++ compiler
             self._give_up(first_line(error))
             return None
