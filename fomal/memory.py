@@ -91,7 +91,7 @@ class Chunks:
         if fitting < tasks and kind not in self._said:
             self._said.add(kind)
             log.warning(
-                "adapting %d of %d %s tasks at a time: a task takes about %.0f MiB and %.0f MiB are free; set "
+                "adapting %d of %d %s tasks at a time: a task takes about %.1f MiB and %.1f MiB are free; set "
                 "model.tasks_per_chunk to choose",
                 *(fitting, tasks, kind, needed / MIB, free / MIB),
             )

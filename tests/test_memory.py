@@ -174,7 +174,7 @@ class Limited(Reptile):
 
 
 def test_as_many_tasks_as_fit_into_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    inner, phi = inner_loop(sine_learner(), 8)
+    inner, phi = inner_loop(blob_learner(), 8)
     needed = task_bytes(inner, lambda part: Reptile()(part, phi))
     monkeypatch.setattr(memory, "free_bytes", lambda device: 6.5 * needed)
     rule, chunks = Limited(8), Chunks()
@@ -185,8 +185,8 @@ def test_as_many_tasks_as_fit_into_half_of_what_is_free(monkeypatch: pytest.Monk
     (line,) = [record.getMessage() for record in caplog.records if record.name == "fomal.memory"]
     mib = 2**20
     assert line == (
-        f"adapting 3 of 8 training tasks at a time: a task takes about {needed / mib:.0f} MiB and "
-        f"{6.5 * needed / mib:.0f} MiB are free; set model.tasks_per_chunk to choose"
+        f"adapting 3 of 8 training tasks at a time: a task takes about {needed / mib:.1f} MiB and "
+        f"{6.5 * needed / mib:.1f} MiB are free; set model.tasks_per_chunk to choose"
     )
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0.0)
     meta_gradient(rule, inner, phi, skip=False, chunks=Chunks())

@@ -73,6 +73,17 @@ def test_what_cannot_be_compiled_or_differs_runs_plainly_and_says_so(
     assert learner.compiled.reason == reason
 
 
+def test_too_little_memory_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiled)
+    learner = blob_learner(Reptile(), Adam(0.01), compiled=True, tasks_per_chunk=2)
+    with pytest.raises(torch.OutOfMemoryError, match="^2 tasks at a time do not fit: lower model.tasks_per_chunk=2. "):
+        trainer(1).fit(learner, datamodule=Blobs())
+    assert learner.compiled.reason == ""
+
+
 @pytest.mark.parametrize(("rule", "inner"), [(MAML(), SGD(0.02)), (Reptile(), SGLD(0.02, 1e-3))])
 def test_what_is_not_meant_for_it_is_left_alone(rule: Any, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, expected = plainly(rule, inner)
