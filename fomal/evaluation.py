@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomal.inner.rollout import InnerLoop
+from fomal.memory import Chunks
 from fomal.tree import Tree, distance, stack
 
 
@@ -42,6 +44,15 @@ class RegressionResult(NamedTuple):
     predictions: Tensor
     losses: Tensor
     distance: Tensor
+
+
+def evaluate(inner: InnerLoop, start: Tree, chunks: Chunks) -> ClassificationResult | RegressionResult:
+    """Adapt from `start` and predict the queries, in chunks of as many tasks as memory allows."""
+    judge: Callable[[InnerLoop, Tree], ClassificationResult | RegressionResult]
+    judge = regress if inner.episode.is_regression else classify
+    # Nothing is kept of a step, so three of them show what all take.
+    results = [result for result, _ in chunks.each("evaluation", inner, lambda part: judge(part, start), steps=3)]
+    return results[0] if len(results) == 1 else type(results[0])(*map(torch.cat, zip(*results, strict=True)))
 
 
 @torch.no_grad()

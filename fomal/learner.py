@@ -20,11 +20,12 @@ from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
 from fomal.distributed import refuse_disagreement
-from fomal.evaluation import ClassificationResult, RegressionResult, classify, regress
+from fomal.evaluation import ClassificationResult, RegressionResult, evaluate
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
 from fomal.inner.rollout import InnerLoop, take
+from fomal.memory import Chunks
 from fomal.meta_iteration import bad_tasks, mean_over_processes, meta_gradient
 from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import use_batch_statistics
@@ -72,6 +73,9 @@ class MetaLearner(L.LightningModule):
             the device in each meta-iteration. On a GPU `raise` looks every ten meta-iterations and before each save.
         outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
             others then stay as they are. Rules made of displacements have nothing to say about the others.
+        tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
+            runs in chunks, with the same results up to rounding. Null chooses as many as take at most half of the
+            memory that is free, and fewer where a GPU's does not suffice after all.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -97,6 +101,7 @@ class MetaLearner(L.LightningModule):
         adapt: list[str] | None = None,
         outer_parameters: Literal["all", "adapted"] = "all",
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
+        tasks_per_chunk: int | None = None,
     ) -> None:
         super().__init__()
         positive(
@@ -128,6 +133,7 @@ class MetaLearner(L.LightningModule):
         if self.adapted is not None:
             self._restrict(self.adapted, outer_parameters)
         self.objective = Objective(network, vectorize, Recorder(network, recorded, compiled))
+        self.chunks = Chunks(tasks_per_chunk)
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
@@ -225,7 +231,7 @@ class MetaLearner(L.LightningModule):
         torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         inner, phi = self.inner_loop(batch, training=True), self.initialisation()
         skip = self.on_nonfinite == "skip_task"
-        found = meta_gradient(self.rule, inner, phi, skip)
+        found = meta_gradient(self.rule, inner, phi, skip, self.chunks)
         found, flags = mean_over_processes(found, self.watch.flags(self.device))
         self.watch.look(
             flags,
@@ -297,8 +303,7 @@ class MetaLearner(L.LightningModule):
 
     def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
         """Adapt to the support sets and predict the query sets; changes neither weights nor carried state."""
-        inner, phi = self.inner_loop(episode, training=False), self.initialisation()
-        return regress(inner, phi) if episode.is_regression else classify(inner, phi)
+        return evaluate(self.inner_loop(episode, training=False), self.initialisation(), self.chunks)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""

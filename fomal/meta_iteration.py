@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from fomal import tree
 from fomal.distributed import processes, sum_over_processes
 from fomal.inner.optimizer import SHARED, State, mean_state
 from fomal.inner.rollout import InnerLoop
+from fomal.memory import Chunks, only
 from fomal.outer.rule import OuterRule
 from fomal.tree import Tree
 
@@ -54,7 +54,9 @@ class MetaGradient(NamedTuple):
         return torch.stack([t.isfinite().all() for t in self.tensors()]).all()
 
 
-def meta_gradient(rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool) -> MetaGradient:
+def meta_gradient(
+    rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool, chunks: Chunks | None = None
+) -> MetaGradient:
     """Run a meta-batch.
 
     Args:
@@ -63,11 +65,16 @@ def meta_gradient(rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool) ->
         start: the initialisation.
         skip: leave out tasks whose loss, gradient or state is not finite; the others are run again. Looking costs one
             wait for the device.
+        chunks: runs the tasks in chunks of as many as memory allows; None: all at once. Between chunks their mean
+            alone is kept. The result is the same up to rounding, and up to the draws of a network that has random
+            operations.
 
     Raises:
         FloatingPointError: with `skip`, where all tasks are finite and their mean is not.
+        torch.OutOfMemoryError: see `Chunks.each`.
     """
-    found = _run(rule, inner, start)
+    chunks = chunks or Chunks(inner.episode.tasks)
+    found = _mean_over_chunks(rule, inner, start, chunks)
     if not skip or found.is_finite():
         return found
     bad = bad_tasks(rule, inner, start)
@@ -80,13 +87,14 @@ def meta_gradient(rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool) ->
     if len(bad) == tasks:
         nothing = found.with_tensors([torch.zeros_like(t) for t in found.tensors()])
         return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
-    good = _run(rule, _only(inner, [t for t in range(tasks) if t not in bad]), start)
+    index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
+    good = _mean_over_chunks(rule, only(inner, index), start, chunks)
     return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
 
 
 def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:
     """The places of the tasks whose loss, outer gradient or inner state is not finite, found by running each alone."""
-    return [t for t in range(inner.episode.tasks) if not _run(rule, _only(inner, [t]), start).is_finite()]
+    return [t for t in range(inner.episode.tasks) if not _run(rule, only(inner, slice(t, t + 1)), start).is_finite()]
 
 
 def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradient, Tensor]:
@@ -107,6 +115,18 @@ def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradien
     return found.with_tensors(means)._replace(weight=weight, skipped=skipped), flags
 
 
+def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Chunks) -> MetaGradient:
+    parts = chunks.each("training", inner, lambda part: _run(rule, part, start))
+    mean, share = next(parts)
+    if share == 1:
+        return mean
+    mean = mean.with_tensors([t * share for t in mean.tensors()])  # counters are the same in all chunks
+    for found, share in parts:
+        pairs = zip(mean.tensors(), found.tensors(), strict=True)
+        mean = mean.with_tensors([torch.add(t, more, alpha=share) for t, more in pairs])
+    return mean
+
+
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
     gradient, trajectory = rule(inner, start)
     losses = trajectory.losses[[0, -1]].mean(1)
@@ -117,8 +137,3 @@ def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
         weight=torch.ones((), device=losses.device),
         skipped=torch.zeros((), device=losses.device),
     )
-
-
-def _only(inner: InnerLoop, tasks: list[int]) -> InnerLoop:
-    index = torch.tensor(tasks, device=inner.episode.number.device)
-    return replace(inner, episode=inner.episode.select(index), plan=tuple(step[index] for step in inner.plan))

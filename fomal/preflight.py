@@ -47,5 +47,5 @@ def _check_strategy(trainer: L.Trainer) -> None:
         raise ValueError(
             f"trainer.strategy={type(strategy).__name__} keeps a part of the parameters on each device, but the inner "
             f"loop needs all of them for every task: use ddp, which needs a network that fits one device; to save "
-            f"memory there, lower data.meta_batch_size or adapt a part of the model (model.adapt)."
+            f"memory there, lower model.tasks_per_chunk or adapt a part of the model (model.adapt)."
         )

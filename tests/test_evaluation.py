@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from fomal import tree
-from fomal.evaluation import classify, regress
+from fomal.evaluation import classify, evaluate, regress
 from fomal.inner import Adam
+from fomal.memory import Chunks
 from tests.oracle import adapt_one, batches
 
 
@@ -58,3 +60,19 @@ def test_regression_measures_the_query_loss_after_each_step(make_inner, episode)
 def test_evaluation_holds_no_graph(network, make_inner):
     result = classify(make_inner(Adam(0.01)), dict(network.named_parameters()))
     assert not result.logits.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_chunks_give_the_same_results_of_each_task(network, make_inner, episode, kind):
+    phi = tree.detach(dict(network.named_parameters()))
+    targets = episode._replace(support_y=torch.rand(4, 12, 3).double(), query_y=torch.rand(4, 6, 3).double())
+    inner = make_inner(Adam(0.01), episode=targets if kind == "regression" else episode)
+    expected = evaluate(inner, phi, Chunks(4))
+    plain = regress(inner, phi) if kind == "regression" else classify(inner, phi)
+    assert all(torch.equal(a, b) for a, b in zip(expected, plain, strict=True))
+    for size in (1, 2, 3):
+        found = evaluate(inner, phi, Chunks(size))
+        assert type(found) is type(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            assert (a - b).norm() <= 1e-12 * b.norm()

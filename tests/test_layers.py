@@ -21,7 +21,7 @@ LAYERS = [
     {"metrics"},
     {"data", "models"},
     {"inner"},
-    {"outer"},
+    {"memory", "outer"},
     {"evaluation", "meta_iteration", "preflight"},
     {"analysis"},
     {"learner"},

@@ -365,7 +365,7 @@ def test_a_linear_schedule_needs_an_end():
 
 
 def test_logged_losses_are_means_over_the_interval_at_their_meta_iteration(tmp_path):
-    learner, logged = sine_learner(), []
+    learner, logged = sine_learner(tasks_per_chunk=100), []
 
     class Recording(type(learner.rule)):
         def __call__(self, inner, start):

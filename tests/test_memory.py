@@ -1,7 +1,8 @@
-"""Memory does not grow with the length of a run."""
+"""Memory: that of a run, of a rule, and of the chunks that fit into it."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from fomal import memory
 from fomal.callbacks import SaveLast
 from fomal.data import SinusoidDataModule
-from fomal.inner import Adam
+from fomal.evaluation import classify
+from fomal.inner import SGD, Adam
+from fomal.inner.rollout import InnerLoop
+from fomal.memory import Chunks, free_bytes, peak_bytes, task_bytes
+from fomal.meta_iteration import meta_gradient
+from fomal.models import MLP
+from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile
 from tests.processes import Group
-from tests.test_learner import sine_learner, trainer
+from tests.test_learner import Blobs, blob_learner, sine_learner, trainer
 
 STEPS = 5000
 WARM = 2000  # meta-iterations until caches and arenas have their size
@@ -58,3 +66,213 @@ def test_resident_memory_has_no_slope(tmp_path: Path) -> None:
     print(f"{slope:.3f} ({low:.3f} to {high:.3f}) MiB per 1,000 meta-iterations, at {memory[-1]:.0f} MiB")
     # A copy of this small network's parameters, kept each time, would be 5.
     assert low <= 0 or slope < 0.2, f"memory grows by {slope:.3f} MiB in 1,000 meta-iterations"
+
+
+FIRST_ORDER = [Reptile(), FOMAML(), QueryFOMAML()]
+RULES = [*FIRST_ORDER, MAML()]
+
+
+def inner_loop(learner: Any, tasks: int, training: bool = True) -> tuple[InnerLoop, Any]:
+    """The inner loops of a number of tasks, and the initialisation."""
+    is_sine = isinstance(learner.network, MLP)
+    data: Any = SinusoidDataModule(train_query_shots=5) if is_sine else Blobs(train_query_shots=2)
+    data.setup("fit")
+    episode = data.on_after_batch_transfer(data.episodes("train", torch.arange(tasks)), 0)
+    return learner.inner_loop(episode, training), learner.initialisation()
+
+
+def wide_learner(*args: Any, **settings: Any) -> Any:
+    """Of sine waves, with the paper's network."""
+    return sine_learner(*args, **{"network": MLP(), **settings})
+
+
+def peak(rule: Any, tasks: int = 4, make: Any = wide_learner, chunks: Chunks | None = None, **settings: Any) -> int:
+    learner = make(rule, Adam(0.01, eps_root=1e-8), **{"vectorize": True, **settings})
+    inner, phi = inner_loop(learner, tasks)
+    return peak_bytes(lambda: meta_gradient(rule, inner, phi, skip=False, chunks=chunks))
+
+
+def name(value: Any) -> str:
+    return value.__name__ if callable(value) and hasattr(value, "__name__") else type(value).__name__
+
+
+@pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_the_peak_is_the_allocators(rule: Any, make: Any) -> None:
+    """Beside what torch's profiler hears of every allocation, those within operations too."""
+    inner, phi = inner_loop(make(rule, SGD(0.01), vectorize=True), 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        rule(inner, phi)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert peak_bytes(lambda: rule(inner, phi)) == pytest.approx(np.cumsum(sizes).max(), rel=0.1)
+
+
+@pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
+@pytest.mark.parametrize("rule", FIRST_ORDER, ids=name)
+def test_memory_of_first_order_rules_does_not_grow_with_the_inner_steps(rule: Any, make: Any) -> None:
+    """But for a loss of each step and task."""
+    few, many = (peak(rule, make=make, inner_steps=steps) for steps in (5, 50))
+    assert many == pytest.approx(few, rel=0.03)
+
+
+@pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
+def test_memory_of_maml_grows_with_the_inner_steps(make: Any) -> None:
+    few, many = (peak(MAML(), make=make, inner_steps=steps) for steps in (2, 20))
+    assert many > 5 * few
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_memory_of_chunks_is_that_of_a_chunk(rule: Any) -> None:
+    whole, chunked, alone = (
+        peak(rule, tasks, blob_learner, chunks) for tasks, chunks in ((16, None), (16, Chunks(2)), (2, None))
+    )
+    assert chunked < whole / 4
+    assert chunked < 1.5 * alone  # beside it is the mean
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
+@pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_a_task_takes_its_share_of_the_peak(rule: Any, make: Any, vectorize: bool) -> None:
+    inner, phi = inner_loop(make(rule, SGD(0.01), vectorize=vectorize), 8)
+    estimate = task_bytes(inner, lambda part: rule(part, phi))
+    assert 0.5 <= estimate / (peak_bytes(lambda: rule(inner, phi)) / 8) <= 2
+
+
+def test_in_evaluation_three_steps_show_what_all_take() -> None:
+    inner, phi = inner_loop(blob_learner(eval_inner_steps=30), 8, training=False)
+    whole = peak_bytes(lambda: classify(inner, phi))
+    assert task_bytes(inner, lambda part: classify(part, phi), steps=3) == pytest.approx(whole / 8, rel=0.2)
+
+
+def test_an_estimate_leaves_no_trace() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    learner = sine_learner(QueryFOMAML(), Adam(0.01), network)
+    data = SinusoidDataModule(train_query_shots=5)
+    inner, phi = learner.inner_loop(data.episodes("train", torch.arange(4)), training=True), learner.initialisation()
+    before, state = torch.get_rng_state(), {part: dict(values) for part, values in inner.state.items()}
+    versions = [t._version for t in [*phi.values(), *inner.state["second_moment"].values()]]
+    assert task_bytes(inner, lambda part: learner.rule(part, phi)) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(inner.state[part][name] is value for part in state for name, value in state[part].items())
+    assert [t._version for t in [*phi.values(), *inner.state["second_moment"].values()]] == versions
+
+
+class Limited(Reptile):
+    """Notes how many tasks it runs at once, and finds no memory for more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.seen: list[int] = []
+
+    def __call__(self, inner: InnerLoop, start: Any) -> Any:
+        self.seen.append(inner.episode.tasks)
+        if inner.episode.tasks > self.most:
+            raise torch.OutOfMemoryError("no room. Tried to allocate 2 GiB.\nand more")
+        return super().__call__(inner, start)
+
+
+def test_as_many_tasks_as_fit_into_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    inner, phi = inner_loop(blob_learner(), 8)
+    needed = task_bytes(inner, lambda part: Reptile()(part, phi))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 6.5 * needed)
+    rule, chunks = Limited(8), Chunks()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            meta_gradient(rule, inner, phi, skip=False, chunks=chunks)
+    assert rule.seen == [1, *[3, 3, 2] * 2]  # one task, once, to see what it takes
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "fomal.memory"]
+    mib = 2**20
+    assert line == (
+        f"adapting 3 of 8 training tasks at a time: a task takes about {needed / mib:.1f} MiB and "
+        f"{6.5 * needed / mib:.1f} MiB are free; set model.tasks_per_chunk to choose"
+    )
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0.0)
+    meta_gradient(rule, inner, phi, skip=False, chunks=Chunks())
+    assert rule.seen[7:] == [1] * 9
+
+
+@pytest.mark.parametrize("free", [1e9, float("inf")])
+def test_all_tasks_at_once_where_they_fit(free: float, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    inner, phi = inner_loop(sine_learner(), 8)
+    rule = Limited(8)
+    found = meta_gradient(rule, inner, phi, skip=False, chunks=Chunks())
+    assert rule.seen == ([1, 8] if free == 1e9 else [8])
+    assert not caplog.records
+    for name, value in meta_gradient(rule, inner, phi, skip=False).gradient.items():
+        assert torch.equal(found.gradient[name], value)
+
+
+def test_chunks_that_do_not_fit_after_all_are_halved(caplog: Any) -> None:
+    inner, phi = inner_loop(sine_learner(), 16)
+    rule, chunks = Limited(5), Chunks()
+    with caplog.at_level(logging.WARNING):
+        found = meta_gradient(rule, inner, phi, skip=False, chunks=chunks)
+    assert rule.seen == [1, 16, 8, 4, 4, 4, 4]
+    lines = [record.getMessage() for record in caplog.records if record.name == "fomal.memory"]
+    assert lines == [f"{n} training tasks at a time do not fit into memory: going on with {n // 2}" for n in (16, 8)]
+    for name, value in Reptile()(inner, phi)[0].items():
+        torch.testing.assert_close(found.gradient[name], value, rtol=1e-4, atol=1e-7)
+    meta_gradient(rule, inner, phi, skip=False, chunks=chunks)
+    assert rule.seen[7:] == [4, 4, 4, 4]
+
+
+def test_what_does_not_fit_says_what_to_do() -> None:
+    inner, phi = inner_loop(sine_learner(), 8)
+    message = r"^4 tasks at a time do not fit: lower model.tasks_per_chunk=4. \(no room. Tried to allocate 2 GiB.\)$"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        meta_gradient(Limited(2), inner, phi, skip=False, chunks=Chunks(4))
+    for chunks in (Chunks(), Chunks(1)):
+        with pytest.raises(torch.OutOfMemoryError, match="^one task alone does not fit: adapt with smaller mini-b"):
+            meta_gradient(Limited(0), inner, phi, skip=False, chunks=chunks)
+
+
+def test_a_chunk_has_a_task() -> None:
+    with pytest.raises(ValueError, match=r"^tasks_per_chunk=0 must be at least 1\.$"):
+        sine_learner(tasks_per_chunk=0)
+
+
+def group(root: Path, path: str, **files: int | str) -> None:
+    """Files of a control group; the names' underscores after the first word stand for dots."""
+    folder = root / "sys/fs/cgroup" / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / name.replace("memory_", "memory.", 1)).write_text(f"{value}")
+
+
+def processes_groups(root: Path, text: str) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(text)
+
+
+def test_a_control_group_leaves_its_limit_less_what_the_kernel_cannot_drop(tmp_path: Path) -> None:
+    processes_groups(tmp_path, "0::/job/step\n")
+    stat = "anon 500\nactive_file 30\ninactive_file 40\n"
+    group(tmp_path, "", memory_stat=stat)  # the root group has no limit
+    group(tmp_path, "job", memory_max=1000, memory_current=700, memory_stat=stat)
+    group(tmp_path, "job/step", memory_max="max", memory_current=600, memory_stat=stat)
+    assert memory._cgroup_bytes(tmp_path) == 1000 - 700 + 70
+    group(tmp_path, "job/step", memory_max=650)
+    assert memory._cgroup_bytes(tmp_path) == 650 - 600 + 70
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    processes_groups(tmp_path, "5:devices:/x\n4:memory:/docker/0123\n0::/\n")
+    stat = "total_active_file 1\ntotal_inactive_file 2\ninactive_file 1000\n"
+    group(tmp_path, "memory", memory_limit_in_bytes=500, memory_usage_in_bytes=100, memory_stat=stat)
+    assert memory._cgroup_bytes(tmp_path) == 500 - 100 + 3
+
+
+def test_without_linux_no_limit_is_known(tmp_path: Path) -> None:
+    assert memory._cgroup_bytes(tmp_path) == memory._system_bytes(tmp_path) == float("inf")
+    assert free_bytes(torch.device("meta")) == float("inf")
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_system_bytes", lambda root: 800.0)
+    monkeypatch.setattr(memory, "_cgroup_bytes", lambda root: 600.0)
+    assert free_bytes(torch.device("cpu")) == 600
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) == 150

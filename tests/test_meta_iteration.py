@@ -1,4 +1,4 @@
-"""Tasks whose numbers are not finite: named, or left out of the mean; never averaged in."""
+"""Meta-batches in chunks, and tasks whose numbers are not finite: named, or left out of the mean; never averaged in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 
 from fomal.callbacks import SaveLast
 from fomal.data import SinusoidDataModule
-from fomal.inner import SGD, Adam
+from fomal.inner import SGD, SGLD, Adam
 from fomal.inner.optimizer import mean_state
+from fomal.memory import Chunks
 from fomal.meta_iteration import bad_tasks, meta_gradient
-from fomal.outer import MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
+from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from tests.processes import Group
-from tests.test_learner import sine_learner, trainer, weights
+from tests.test_learner import Blobs, assert_same, blob_learner, sine_learner, trainer, weights
 
 RULES = [Reptile(), QueryFOMAML(), MAML(), TruncatedMAML(1), BinomialMAML(1)]
 
@@ -40,6 +41,77 @@ class Poisoned(SinusoidDataModule):
 
 def inner_loop(learner: Any, data: Poisoned) -> Any:
     return learner.inner_loop(data.episodes("train", torch.arange(4)).floating(torch.float64), training=True)
+
+
+def close(found: Any, expected: Any, tolerance: float) -> None:
+    """By the norm of each tensor."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+SINE = [(rule, SGD(0.01), {}) for rule in (Reptile(), FOMAML(), QueryFOMAML(), BinomialMAML(2))]
+SINE += [(rule, SGD(0.01, momentum=0.9), {"adapt": ["*.bias"]}) for rule in (QueryFOMAML(), MAML())]
+SINE += [(Reptile(), SGLD(0.01, temperature=0.1), {}), (MAML(), SGD(0.01), {"vectorize": False})]
+MOMENTS = Adam(0.01, beta1=0.5, eps_root=1e-4)
+BOTH = [(rule, MOMENTS, {}) for rule in (FOMAML(tail_shots=2), MAML(), TruncatedMAML(2), StepCombination([0, 1, 2]))]
+CASES = [(sine_learner, *case) for case in SINE + BOTH] + [(blob_learner, *case) for case in BOTH]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize(("make", "rule", "optimizer", "settings"), CASES, ids=lambda value: type(value).__name__)
+def test_chunks_give_what_all_tasks_at_once_give(
+    make: Any, rule: Any, optimizer: Any, settings: Any, dtype: Any, tolerance: float
+) -> None:
+    """From a carried state, which the second meta-batch starts from."""
+    learner = make(rule, optimizer, **{"vectorize": True, **settings}).to(dtype)
+    data: Any = SinusoidDataModule(train_query_shots=5) if make is sine_learner else Blobs(train_query_shots=2)
+    data.setup("fit")
+    inner = prepared(learner, data, range(5))
+    learner.carried = meta_gradient(rule, inner, learner.initialisation(), skip=False).state or None
+    inner, phi = prepared(learner, data, range(5, 10)), learner.initialisation()
+    expected = meta_gradient(rule, inner, phi, skip=False)
+    for size in (1, 2, 3):
+        found = meta_gradient(rule, inner, phi, skip=False, chunks=Chunks(size))
+        assert found.gradient.keys() == expected.gradient.keys()
+        close(found.tensors(), expected.tensors(), tolerance)
+        assert found.state.get("shared") == expected.state.get("shared")
+        assert (found.weight, found.skipped) == (1, 0)
+    at_once = meta_gradient(rule, inner, phi, skip=False, chunks=Chunks(5))
+    assert all(torch.equal(a, b) for a, b in zip(at_once.tensors(), expected.tensors(), strict=True))
+
+
+def prepared(learner: Any, data: Any, tasks: range) -> Any:
+    episode = data.on_after_batch_transfer(data.episodes("train", torch.tensor(tasks)), 0)
+    return learner.inner_loop(episode, training=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_tasks_are_left_out_in_chunks_too(size: int) -> None:
+    rule, learner = MAML(), sine_learner(MAML(), SGD(0.01, momentum=0.5)).double()
+    inner, phi = inner_loop(learner, Poisoned({2})), learner.initialisation()
+    expected = meta_gradient(rule, inner, phi, skip=True)
+    found = meta_gradient(rule, inner, phi, skip=True, chunks=Chunks(size))
+    close(found.tensors(), expected.tensors(), 1e-12)
+    assert (float(found.weight), int(found.skipped)) == (0.75, 1)
+
+
+@pytest.mark.parametrize("make", [sine_learner, blob_learner], ids=lambda make: make.__name__)
+def test_a_run_in_chunks_is_the_run(make: Any) -> None:
+    """Training, validation and test."""
+    found: list[Any] = []
+    for size in (None, 4, 3):
+        learner = make(QueryFOMAML(), SGD(0.05, momentum=0.5), tasks_per_chunk=size)
+        settings = {"meta_batch_size": 4, "train_query_shots": 2, "val_tasks": 4, "test_tasks": 5}
+        data: Any = SinusoidDataModule(**settings) if make is sine_learner else Blobs(**settings)
+        run = trainer(3, precision="64-true", val_check_interval=1)
+        run.fit(learner, datamodule=data)
+        run.test(learner, datamodule=data, verbose=False)
+        found.append((weights(learner), learner.carried["momentum"], learner.results["metrics"]))
+    assert_same(found[0][0], found[1][0])
+    close(list(found[2][0].values()), list(found[0][0].values()), 1e-12)
+    close(list(found[2][1].values()), list(found[0][1].values()), 1e-12)
+    assert found[2][2] == pytest.approx(found[0][2], rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
@@ -73,7 +145,7 @@ def test_finite_tasks_are_run_once() -> None:
             calls.append(1)
             return super().__call__(*args)
 
-    learner = sine_learner(Counting())
+    learner = sine_learner(Counting(), tasks_per_chunk=4)
     trainer(3).fit(learner, datamodule=Poisoned(set()))
     assert len(calls) == 3
 
@@ -151,14 +223,16 @@ def momentum(params: Any) -> torch.optim.Optimizer:
 
 
 def train_poisoned(folder: Path) -> None:
-    learner = sine_learner(MAML(), SGD(0.01), on_nonfinite="skip_task")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    chunk = 1 if world > 1 else None
+    learner = sine_learner(MAML(), SGD(0.01), on_nonfinite="skip_task", tasks_per_chunk=chunk)
     run = trainer(3, devices=world, strategy="ddp" if world > 1 else "auto", precision="64-true")
     run.fit(learner, datamodule=Poisoned({1, 3, 6, 8, 9, 10, 11}))
     torch.save((weights(learner), learner.skipped_tasks), folder / f"{world}-{os.environ.get('RANK', 0)}.pt")
 
 
 def test_the_mean_over_processes_counts_tasks_not_processes(tmp_path: Path) -> None:
+    """Nor chunks."""
     for world in (1, 2):
         group = Group(world, train_poisoned, tmp_path, out=tmp_path)
         assert group.wait(60) == [0] * world, group.said()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Objective:
     def unsettle(self) -> None:
         """Decide anew at the next use, e.g. because the data are others."""
         self._order = 0
+
+    def as_written(self) -> Objective:
+        """The same without recordings."""
+        plain = copy(self)
+        plain.recorder = None
+        return plain
 
     def settle(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
         """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop.

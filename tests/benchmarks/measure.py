@@ -19,7 +19,7 @@ from tests.benchmarks.works import Work
 PRECISIONS = (torch.float64, torch.float32)  # the one that is timed last
 
 
-def tolerance(kind: str, dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """By how much, relative to their norm, what the two sides compute may differ.
 
     In float64 it tells whether they compute the same; TorchOpt corrects Adam's bias in float32 all the same. In float32
@@ -100,7 +100,7 @@ def compare(work: Work, kind: str, peer: Peer, rounds: int, peak: float) -> dict
         for dtype in PRECISIONS:
             pair = sides(replace(work, dtype=dtype, fit_iterations=CHECKED_ITERATIONS), kind, peer)
             apart = row["difference"][str(dtype).removeprefix("torch.")] = difference(pair[0](), pair[1]())
-            if not apart <= tolerance(kind, dtype):
+            if not apart <= tolerance(dtype):
                 return {**row, "status": "differs", "reason": "the updates are not the same: not timed"}
         mine, theirs = alternate(sides(work, kind, peer) if kind == "fit" else pair, rounds, work.device)
     except (RuntimeError, TypeError, AttributeError, ValueError, ImportError) as error:  # of an old peer, or of memory

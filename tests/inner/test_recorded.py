@@ -239,6 +239,18 @@ def test_what_cannot_be_recorded_or_differs_runs_plainly_and_says_so(
     assert lines(caplog) == [f"Conv4 runs as it is written, which is slower (same results): {reason}"]
 
 
+def test_too_little_memory_is_no_fault_of_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(recorded, "record", no_room)
+    learner = blob_learner(Reptile(), Adam(0.01), tasks_per_chunk=2)
+    with pytest.raises(torch.OutOfMemoryError, match="^2 tasks at a time do not fit: lower model.tasks_per_chunk=2. "):
+        trainer(1).fit(learner, datamodule=Blobs())
+    assert learner.objective.recorder is not None
+    assert learner.objective.recorder.is_on
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
