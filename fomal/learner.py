@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
 from fomal.checks import one_of, positive
+from fomal.chunks import check_chunks, count_batch
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
@@ -69,6 +70,10 @@ class MetaLearner(L.LightningModule):
             the device in each meta-iteration. On a GPU `raise` looks every ten meta-iterations and before each save.
         outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
             others then stay as they are. Rules made of displacements have nothing to say about the others.
+        meta_iterations_per_step: meta-iterations that the Trainer hands over at a time, a chunk, which spares most of
+            its overhead where they are short, and keeps as many meta-batches in memory. Weights, log and checkpoints
+            stay the same, bitwise, and all counts are of meta-iterations; for callbacks a chunk is one batch, and one
+            that looks at the log before it (Lightning's LearningRateMonitor) has nothing to log.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -93,12 +98,14 @@ class MetaLearner(L.LightningModule):
         adapt: list[str] | None = None,
         outer_parameters: Literal["all", "adapted"] = "all",
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
+        meta_iterations_per_step: int = 1,
     ) -> None:
         super().__init__()
         positive(
             inner_batch_size=inner_batch_size,
             eval_inner_steps=eval_inner_steps,
             eval_inner_batch_size=eval_inner_batch_size,
+            meta_iterations_per_step=meta_iterations_per_step,
         )
         one_of(("carried", "reset"), inner_state=inner_state)
         one_of(("all", "adapted"), outer_parameters=outer_parameters)
@@ -117,6 +124,7 @@ class MetaLearner(L.LightningModule):
         self.inner_state = inner_state
         self.eval_inner_steps = eval_inner_steps
         self.eval_inner_batch_size = eval_inner_batch_size
+        self.meta_iterations_per_step = meta_iterations_per_step
         replaced = use_batch_statistics(network)
         if replaced:
             rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
@@ -217,8 +225,19 @@ class MetaLearner(L.LightningModule):
 
     # -- training
 
-    def training_step(self, batch: Episode, batch_idx: int) -> None:
-        """One meta-iteration."""
+    def training_step(self, batch: Episode | list[Episode], batch_idx: int) -> None:
+        """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
+        if isinstance(batch, Episode):
+            self._meta_iteration(batch)
+            return
+        for place, episode in enumerate(batch):
+            if place:
+                if self.global_step == self.trainer.max_steps or self.watch.ends(self.trainer.world_size):
+                    break
+                count_batch(self.trainer)
+            self._meta_iteration(episode)
+
+    def _meta_iteration(self, batch: Episode) -> None:
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         inner, phi = self.inner_loop(batch, training=True), self.initialisation()
@@ -354,8 +373,15 @@ class MetaLearner(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            check_chunks(self.trainer, self.meta_iterations_per_step)
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
         data = getattr(self.trainer, "datamodule", None)
+        if self.meta_iterations_per_step > 1 and stage == "fit" and not isinstance(data, EpisodeDataModule):
+            raise ValueError(
+                f"model.meta_iterations_per_step={self.meta_iterations_per_step} needs an EpisodeDataModule, given as "
+                f"datamodule, that yields so many meta-batches at a time: use 1 with other loaders."
+            )
         if isinstance(data, EpisodeDataModule):
             split = {"fit": "train", "validate": "val"}.get(stage, "test")
             if stage == "fit" and self.rule.needs_query and not data.train_query_shots:

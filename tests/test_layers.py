@@ -22,7 +22,7 @@ LAYERS = [
     {"data", "models"},
     {"inner"},
     {"outer"},
-    {"evaluation", "meta_iteration", "preflight"},
+    {"chunks", "evaluation", "meta_iteration", "preflight"},
     {"analysis"},
     {"learner"},
     {"build"},

@@ -31,6 +31,7 @@ from fomal.callbacks import (
 )
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.checkpoints import meta_iterations
+from fomal.chunks import check_chunks
 from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
@@ -278,6 +279,7 @@ class FomalCLI(LightningCLI):
         """Refuse a meta-batch that does not divide; tell the model its configuration, for checkpoints and results."""
         if self.verb == "fit":
             self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
+            check_chunks(self.trainer, self.model.meta_iterations_per_step)  # before data are read
         plain = self._plain(self.config)
         self.model.config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
 
