@@ -72,8 +72,8 @@ class MetaLearner(L.LightningModule):
             others then stay as they are. Rules made of displacements have nothing to say about the others.
         meta_iterations_per_step: meta-iterations that the Trainer hands over at a time, a chunk, which spares most of
             its overhead where they are short, and keeps as many meta-batches in memory. Weights, log and checkpoints
-            stay the same, bitwise, and all counts are of meta-iterations; for callbacks a chunk is one batch, and one
-            that looks at the log before it (Lightning's LearningRateMonitor) has nothing to log.
+            stay the same, bitwise, and all counts are of meta-iterations, so intervals must be multiples of it. For
+            callbacks a chunk is one batch; Lightning's LearningRateMonitor finds none to log at with interval "step".
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
