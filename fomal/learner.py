@@ -32,6 +32,7 @@ from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
 from fomal.preflight import check_trainer
+from fomal.trainer_steps import check_intervals, count_batch
 from fomal.tree import Tree
 from fomal.versions import commits, versions
 from fomal.watch import Watch
@@ -76,6 +77,10 @@ class MetaLearner(L.LightningModule):
         tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
             runs in chunks, with the same results up to rounding. Null chooses as many as take at most half of the
             memory that is free, and fewer where a GPU's does not suffice after all.
+        meta_iterations_per_step: meta-iterations that the Trainer hands over at a time, a chunk, which spares most of
+            its overhead where they are short, and keeps as many meta-batches in memory. Weights, log and checkpoints
+            stay the same, bitwise, and all counts are of meta-iterations, so intervals must be multiples of it. For
+            callbacks a chunk is one batch; Lightning's LearningRateMonitor finds none to log at with interval "step".
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -102,12 +107,14 @@ class MetaLearner(L.LightningModule):
         outer_parameters: Literal["all", "adapted"] = "all",
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
         tasks_per_chunk: int | None = None,
+        meta_iterations_per_step: int = 1,
     ) -> None:
         super().__init__()
         positive(
             inner_batch_size=inner_batch_size,
             eval_inner_steps=eval_inner_steps,
             eval_inner_batch_size=eval_inner_batch_size,
+            meta_iterations_per_step=meta_iterations_per_step,
         )
         one_of(("carried", "reset"), inner_state=inner_state)
         one_of(("all", "adapted"), outer_parameters=outer_parameters)
@@ -126,6 +133,7 @@ class MetaLearner(L.LightningModule):
         self.inner_state = inner_state
         self.eval_inner_steps = eval_inner_steps
         self.eval_inner_batch_size = eval_inner_batch_size
+        self.meta_iterations_per_step = meta_iterations_per_step
         replaced = use_batch_statistics(network)
         if replaced:
             rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
@@ -225,10 +233,21 @@ class MetaLearner(L.LightningModule):
 
     # -- training
 
-    def training_step(self, batch: Episode, batch_idx: int) -> None:
-        """One meta-iteration."""
+    def training_step(self, batch: Episode | list[Episode], batch_idx: int) -> None:
+        """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
+        if isinstance(batch, Episode):
+            self._meta_iteration(batch)
+            return
+        for place, episode in enumerate(batch):
+            if place:
+                if self.global_step == self.trainer.max_steps or self.watch.ends(self.trainer.world_size):
+                    break
+                count_batch(self.trainer)
+            self._meta_iteration(episode)
+
+    def _meta_iteration(self, batch: Episode) -> None:
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
-        torch.manual_seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
+        self._seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         inner, phi = self.inner_loop(batch, training=True), self.initialisation()
         skip = self.on_nonfinite == "skip_task"
         found = meta_gradient(self.rule, inner, phi, skip, self.chunks)
@@ -250,6 +269,12 @@ class MetaLearner(L.LightningModule):
         if skip:
             self.skipped_tasks += int(found.skipped)
         self._log_training(found.losses[None] if counts else found.losses[None][:0])
+
+    def _seed(self, seed: int) -> None:
+        """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
@@ -361,8 +386,15 @@ class MetaLearner(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            check_intervals(self.trainer, self.meta_iterations_per_step)
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
         data = getattr(self.trainer, "datamodule", None)
+        if self.meta_iterations_per_step > 1 and stage == "fit" and not isinstance(data, EpisodeDataModule):
+            raise ValueError(
+                f"model.meta_iterations_per_step={self.meta_iterations_per_step} needs an EpisodeDataModule, given as "
+                f"datamodule, that yields so many meta-batches at a time: use 1 with other loaders."
+            )
         if isinstance(data, EpisodeDataModule):
             split = {"fit": "train", "validate": "val"}.get(stage, "test")
             if stage == "fit" and self.rule.needs_query and not data.train_query_shots:

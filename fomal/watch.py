@@ -28,6 +28,10 @@ class Watch:
         self._sent: list[float] = []
         self._flags = torch.empty(0)
 
+    def ends(self, processes: int) -> int:
+        """The signal by which a run of so many processes stops before the next meta-iteration; 0 for none."""
+        return self.stopping if processes > 1 else self.asked
+
     def flags(self, device: torch.device) -> Tensor:
         """(3,): for each signal, whether this process has been asked by it; to be added over processes."""
         flags = [float(self.asked == number) for number in STOP_SIGNALS]

@@ -22,7 +22,7 @@ LAYERS = [
     {"data", "models"},
     {"inner"},
     {"memory", "outer"},
-    {"evaluation", "meta_iteration", "preflight"},
+    {"evaluation", "meta_iteration", "preflight", "trainer_steps"},
     {"analysis"},
     {"learner"},
     {"build"},

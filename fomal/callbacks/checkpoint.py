@@ -18,7 +18,6 @@ from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.signals import requeue, requeue_signal
 from fomal.checkpoints import LAST, PREVIOUS, publish
 from fomal.checks import positive
-from fomal.data.episode import Episode
 from fomal.distributed import together
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
@@ -44,7 +43,7 @@ class SaveLast(Checkpoint):
 
     def __init__(self, every_n_meta_iterations: int = 1000, dirpath: str | None = None) -> None:
         positive(every_n_meta_iterations=every_n_meta_iterations)
-        self.every = every_n_meta_iterations
+        self.every_n_meta_iterations = every_n_meta_iterations
         self.dirpath = dirpath
         self._handlers = Handlers()
         self._learner: MetaLearner | None = None
@@ -75,6 +74,8 @@ class SaveLast(Checkpoint):
         """Keep what another run left in the same place, listen for signals, and make up an interrupted validation."""
         self._learner = pl_module if isinstance(pl_module, MetaLearner) else None
         self._asked, self._saved_at = 0, trainer.global_step if trainer.ckpt_path else -1
+        if self._learner is not None:
+            self._learner.watch.asked = self._learner.watch.stopping = 0  # of an earlier run
         if is_trial(trainer):
             return
         path = self.path(trainer)  # in every process: it broadcasts
@@ -92,12 +93,12 @@ class SaveLast(Checkpoint):
             _validate(trainer)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Episode, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time: here the meta-iteration before is complete, with its validation and its log."""
         if self._stopping(trainer):
             self._stop(trainer)
-        if trainer.global_step % self.every == 0 and trainer.global_step:
+        if trainer.global_step % self.every_n_meta_iterations == 0 and trainer.global_step:
             self._save(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -133,9 +134,7 @@ class SaveLast(Checkpoint):
 
     def _stopping(self, trainer: L.Trainer) -> int:
         """The signal by which all processes stop here; 0 for none."""
-        if trainer.world_size > 1 and self._learner is not None:
-            return self._learner.watch.stopping
-        return self._asked
+        return self._asked if self._learner is None else self._learner.watch.ends(trainer.world_size)
 
     def _stop(self, trainer: L.Trainer, validation_due: bool = False) -> None:
         number = self._stopping(trainer)

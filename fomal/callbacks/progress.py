@@ -48,7 +48,7 @@ class MetaProgressBar(ProgressBar):
         self._open("meta-iterations", trainer.max_steps if trainer.max_steps > 0 else None, trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Episode, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on, a few times a second at most."""
         self._advance(trainer.global_step, self._validation_figures(trainer))

@@ -42,6 +42,7 @@ from fomal.distributed import launched_processes
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
 from fomal.preflight import check_precision
+from fomal.trainer_steps import check_intervals
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
 _OURS = {"verbose": False, "weights_only": True}
@@ -278,6 +279,7 @@ class FomalCLI(LightningCLI):
         """Refuse a meta-batch that does not divide; tell the model its configuration, for checkpoints and results."""
         if self.verb == "fit":
             self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
+            check_intervals(self.trainer, self.model.meta_iterations_per_step)  # before data are read
         plain = self._plain(self.config)
         self.model.config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fomal.checks import nonnegative, one_of, positive
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS
+
+Batch = TypeVar("Batch", Episode, list[Episode])
 
 
 class EpisodeStream(IterableDataset[Episode]):
@@ -36,17 +38,45 @@ class EpisodeStream(IterableDataset[Episode]):
         self.rank, self.world = data.rank_and_world()
 
     def __iter__(self) -> Iterator[Episode]:
-        worker = get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        offset, stride = _worker()
         batch = self.start + offset
         while self.tasks is None or batch * self.batch < self.tasks:
-            number = torch.arange(batch * self.batch, (batch + 1) * self.batch)
-            if self.tasks is not None:
-                number = number[number < self.tasks]
-            number = number[number % self.world == self.rank]
+            number = self.numbers(batch)
             if len(number):
                 yield self.data.episodes(self.split, number)
             batch += stride
+
+    def numbers(self, batch: int) -> Tensor:
+        """The episodes of a meta-batch that this rank takes."""
+        number = torch.arange(batch * self.batch, (batch + 1) * self.batch)
+        if self.tasks is not None:
+            number = number[number < self.tasks]
+        return number[number % self.world == self.rank]
+
+
+class ChunkStream(IterableDataset[list[Episode]]):
+    """The meta-batches of an endless stream in chunks of `size`, cut before the multiples of `size`.
+
+    The first is shorter where the stream starts within one. Loader worker j of J yields chunks j, j + J, ...
+    """
+
+    def __init__(self, stream: EpisodeStream, size: int) -> None:
+        self.stream, self.size = stream, size
+
+    def __iter__(self) -> Iterator[list[Episode]]:
+        stream, size = self.stream, self.size
+        offset, stride = _worker()
+        chunk = stream.start // size + offset
+        while True:
+            batches = range(max(stream.start, chunk * size), (chunk + 1) * size)
+            yield [stream.data.episodes(stream.split, stream.numbers(batch)) for batch in batches]
+            chunk += stride
+
+
+def _worker() -> tuple[int, int]:
+    """The number of this loader worker, and how many there are."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 class EpisodeDataModule(L.LightningDataModule):
@@ -134,11 +164,16 @@ class EpisodeDataModule(L.LightningDataModule):
                 f"or another number of devices."
             )
 
-    def train_dataloader(self) -> DataLoader[Episode]:
-        """Endless, from the trainer's present meta-iteration on, so that resuming equals not stopping."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless, from the trainer's present meta-iteration on, so that resuming equals not stopping.
+
+        Yields an Episode for each meta-iteration, or lists of them where the model takes several at a time.
+        """
         start = self.trainer.global_step if self.trainer else 0
+        size = getattr(self.trainer.lightning_module, "meta_iterations_per_step", 1) if self.trainer else 1
         self.check_processes(self.rank_and_world()[1])
-        return self._loader(EpisodeStream(self, "train", self.meta_batch_size, start))
+        stream = EpisodeStream(self, "train", self.meta_batch_size, start)
+        return self._loader(stream if size == 1 else ChunkStream(stream, size))
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The first `val_tasks` tasks of the validation stream."""
@@ -152,11 +187,13 @@ class EpisodeDataModule(L.LightningDataModule):
         """The same tasks as `test_dataloader`."""
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Preprocess on the device."""
+        if isinstance(batch, list):
+            return [self.on_after_batch_transfer(episode, dataloader_idx) for episode in batch]
         return batch._replace(support_x=self.preprocess(batch.support_x), query_x=self.preprocess(batch.query_x))
 
-    def _loader(self, stream: EpisodeStream) -> DataLoader[Episode]:
+    def _loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
         return DataLoader(
             stream,
             batch_size=None,
