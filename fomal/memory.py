@@ -68,13 +68,19 @@ class Chunks:
         Raises:
             torch.OutOfMemoryError: a chunk does not fit, and may not be made smaller.
         """
-        tasks, begin = inner.episode.tasks, 0
-        key = (kind, inner.episode.support_x.shape[1:], inner.episode.query_x.shape[1:], len(inner.plan))
+        tasks, begin = inner.tasks, 0
+        key = (
+            kind,
+            inner.replicas,
+            inner.episode.support_x.shape[1:],
+            inner.episode.query_x.shape[1:],
+            len(inner.plan),
+        )
         if key not in self._fitting:
             self._fitting[key] = self.given or self._choose(kind, inner, run, steps)
         while begin < tasks:
             size = min(self._fitting[key], tasks - begin)
-            found = self._attempt(run, inner if size == tasks else only(inner, slice(begin, begin + size)))
+            found = self._attempt(run, inner if size == tasks else inner.only(slice(begin, begin + size)))
             if found is None:
                 self._fitting[key] = size // 2
                 log.warning("%d %s tasks at a time do not fit into memory: going on with %d", size, kind, size // 2)
@@ -83,10 +89,10 @@ class Chunks:
             yield found, size / tasks
 
     def _choose(self, kind: str, inner: InnerLoop, run: Callable[[InnerLoop], R], steps: int | None) -> int:
-        tasks, free = inner.episode.tasks, free_bytes(inner.episode.support_x.device)
+        tasks, free = inner.tasks, free_bytes(inner.episode.support_x.device)
         if free == math.inf:
             return sys.maxsize
-        needed = self._attempt(lambda one: task_bytes(one, run, steps), only(inner, slice(0, 1))) or 1
+        needed = self._attempt(lambda one: task_bytes(one, run, steps), inner.only(slice(0, 1))) or 1
         fitting = int(max(1, SHARE * free // needed))
         if fitting < tasks and kind not in self._said:
             self._said.add(kind)
@@ -99,7 +105,7 @@ class Chunks:
 
     def _attempt(self, run: Callable[[InnerLoop], R], inner: InnerLoop) -> R | None:
         """What `run` returns; None where it is to be tried with fewer tasks."""
-        tasks = inner.episode.tasks
+        tasks = inner.tasks
         try:
             return run(inner)
         except torch.OutOfMemoryError as error:
@@ -118,11 +124,6 @@ class Chunks:
         return None
 
 
-def only(inner: InnerLoop, tasks: Tensor | slice) -> InnerLoop:
-    """The inner loops of the tasks of the given places alone."""
-    return replace(inner, episode=inner.episode.map(lambda t: t[tasks]), plan=tuple(step[tasks] for step in inner.plan))
-
-
 def task_bytes(inner: InnerLoop, run: Callable[[InnerLoop], object], steps: int | None = None) -> int:
     """The memory that `run` takes for the first task alone, beyond what is there before; leaves random states alone.
 
@@ -134,7 +135,7 @@ def task_bytes(inner: InnerLoop, run: Callable[[InnerLoop], object], steps: int 
         run: what to do with them.
         steps: run so many inner steps alone.
     """
-    one = only(inner, slice(0, 1))
+    one = inner.only(slice(0, 1))
     one = replace(one, plan=one.plan[:steps], objective=one.objective.as_written())
     device = inner.episode.support_x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fomal import tree
 from fomal.distributed import processes, sum_over_processes
-from fomal.inner.optimizer import SHARED, State, mean_state
+from fomal.inner.optimizer import SHARED, State
 from fomal.inner.rollout import InnerLoop
-from fomal.memory import Chunks, only
+from fomal.memory import Chunks
 from fomal.outer.rule import OuterRule
 from fomal.tree import Tree
 
@@ -73,7 +73,7 @@ def meta_gradient(
         FloatingPointError: with `skip`, where all tasks are finite and their mean is not.
         torch.OutOfMemoryError: see `Chunks.each`.
     """
-    chunks = chunks or Chunks(inner.episode.tasks)
+    chunks = chunks or Chunks(inner.tasks)
     found = _mean_over_chunks(rule, inner, start, chunks)
     if not skip or found.is_finite():
         return found
@@ -82,19 +82,19 @@ def meta_gradient(
         raise FloatingPointError(
             "the outer gradient overflows, though that of each task is finite: lower the step sizes."
         )
-    tasks = inner.episode.tasks
+    tasks = inner.tasks
     skipped = torch.full_like(found.skipped, len(bad))
     if len(bad) == tasks:
         nothing = found.with_tensors([torch.zeros_like(t) for t in found.tensors()])
         return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
     index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
-    good = _mean_over_chunks(rule, only(inner, index), start, chunks)
+    good = _mean_over_chunks(rule, inner.only(index), start, chunks)
     return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
 
 
 def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:
     """The places of the tasks whose loss, outer gradient or inner state is not finite, found by running each alone."""
-    return [t for t in range(inner.episode.tasks) if not _run(rule, only(inner, slice(t, t + 1)), start).is_finite()]
+    return [t for t in range(inner.tasks) if not _run(rule, inner.only(slice(t, t + 1)), start).is_finite()]
 
 
 def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradient, Tensor]:
@@ -129,10 +129,10 @@ def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Ch
 
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
     gradient, trajectory = rule(inner, start)
-    losses = trajectory.losses[[0, -1]].mean(1)
+    losses = inner.task_mean(trajectory.losses[[0, -1]].T)
     return MetaGradient(
         tree.detach(gradient),
-        mean_state(trajectory.state),
+        inner.mean_state(trajectory.state),
         losses,
         weight=torch.ones((), device=losses.device),
         skipped=torch.zeros((), device=losses.device),

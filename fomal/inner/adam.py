@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fomal import tree
 from fomal.checks import nonnegative
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, times
 from fomal.tree import Tree
 
 
@@ -39,7 +39,8 @@ class Adam(InnerOptimizer):
         for name, beta in {"beta1": beta1, "beta2": beta2}.items():
             if beta >= 1:
                 raise ValueError(f"{name}={beta} must be below 1.")
-        self.lr, self.beta1, self.beta2 = lr, beta1, beta2
+        self.lr: float | Tensor = lr
+        self.beta1, self.beta2 = beta1, beta2
         self.eps, self.eps_root, self.weight_decay = eps, eps_root, weight_decay
         self.differentiable = eps_root > 0
 
@@ -73,9 +74,9 @@ class Adam(InnerOptimizer):
         step_size, root = self.lr / correction1, correction2.rsqrt()
         moved = {}
         for name, p in params.items():
-            scale, rate = root.to(p.dtype), step_size.to(p.dtype)
             variance = second[name] + self.eps_root if self.eps_root else second[name]
-            moved[name] = torch.addcmul(p, first[name] / (variance.sqrt() * scale + self.eps), -rate)
+            direction = first[name] / (variance.sqrt() * root.to(p.dtype) + self.eps)
+            moved[name] = p - times(step_size, direction)
         return moved, updated
 
 

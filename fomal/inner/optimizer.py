@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from fomal import tree
 from fomal.tree import Tree
 
 State = dict[str, Tree]
@@ -20,7 +20,12 @@ class InnerOptimizer(ABC):
     """An optimiser of the inner loop.
 
     Works elementwise, so the same code serves one task and tasks stacked along a leading axis.
+
+    Attributes:
+        lr: step size; or (R,) of them, each for T / R of T stacked tasks in a row, see `times`.
     """
+
+    lr: float | Tensor
 
     differentiable: bool = True
     """Whether `update` has finite derivatives everywhere, as rules that differentiate the inner loop need."""
@@ -38,11 +43,27 @@ class InnerOptimizer(ABC):
         """One step: the new parameters and the new state. Nothing is changed in place."""
 
 
-def stack_state(state: State, tasks: int) -> State:
-    """The same state for each of `tasks` tasks."""
-    return {part: values if part == SHARED else tree.stack(values, tasks) for part, values in state.items()}
+def join_states(states: Sequence[State]) -> State:
+    """States of the same kind, stacked along a new first axis; counters must be the same in all."""
+    return {
+        part: values
+        if part == SHARED
+        else {name: torch.stack([state[part][name] for state in states]) for name in values}
+        for part, values in states[0].items()
+    }
 
 
-def mean_state(state: State) -> State:
-    """The mean over the tasks of a stacked state: how carried state leaves a meta-batch."""
-    return {part: values if part == SHARED else tree.mean(values) for part, values in state.items()}
+def part_of_state(state: State, place: int) -> State:
+    """One of the states that `join_states` has stacked."""
+    return {
+        part: values if part == SHARED else {name: t[place] for name, t in values.items()}
+        for part, values in state.items()
+    }
+
+
+def times(rate: float | Tensor, t: Tensor) -> Tensor:
+    """`rate` times stacked t (T, ...): a number, or numbers (R,) of which each is that of T / R tasks in a row."""
+    if not isinstance(rate, Tensor) or not rate.dim():
+        return rate * t if not isinstance(rate, Tensor) else rate.to(t.dtype) * t
+    each = rate.to(t.dtype).repeat_interleave(len(t) // len(rate))
+    return each.view(-1, *[1] * (t.dim() - 1)) * t

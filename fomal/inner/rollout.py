@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from fomal import tree
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan
 from fomal.inner.objective import Objective
-from fomal.inner.optimizer import InnerOptimizer, State, stack_state
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, join_states
 from fomal.tree import Tree
 
 
@@ -66,6 +66,8 @@ class InnerLoop:
         plan: the mini-batch of each step.
         episode: the tasks.
         adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
+        replicas: R runs side by side: the first T / R tasks are those of the first, and so on. Initialisations, the
+            state and all means over tasks then have R in front. None: one run, without that axis.
     """
 
     objective: Objective
@@ -74,6 +76,72 @@ class InnerLoop:
     plan: Plan
     episode: Episode
     adapted: frozenset[str] | None = None
+    replicas: int | None = None
+
+    @classmethod
+    def side_by_side(cls, loops: Sequence[InnerLoop], optimizer: InnerOptimizer) -> InnerLoop:
+        """The inner loops of several runs with the same settings, and equally many tasks, as those of replicas.
+
+        Args:
+            loops: one for each run.
+            optimizer: the inner optimiser of all; its step size may be one for each run.
+        """
+        episodes = [loop.episode for loop in loops]
+        together = episodes[0]._replace(
+            support_x=torch.cat([episode.support_x for episode in episodes]),
+            support_y=torch.cat([episode.support_y for episode in episodes]),
+            query_x=torch.cat([episode.query_x for episode in episodes]),
+            query_y=torch.cat([episode.query_y for episode in episodes]),
+            number=torch.cat([episode.number for episode in episodes]),
+        )
+        return replace(
+            loops[0],
+            optimizer=optimizer,
+            state=join_states([loop.state for loop in loops]),
+            plan=tuple(torch.cat(step) for step in zip(*(loop.plan for loop in loops), strict=True)),
+            episode=together,
+            replicas=len(loops),
+        )
+
+    @property
+    def tasks(self) -> int:
+        """The tasks of each run."""
+        return self.episode.tasks // (self.replicas or 1)
+
+    def only(self, tasks: Tensor | slice) -> InnerLoop:
+        """The inner loops of the tasks of the given places alone, of each run."""
+
+        def chosen(t: Tensor) -> Tensor:
+            if self.replicas is None:
+                return t[tasks]
+            return t.unflatten(0, (self.replicas, -1))[:, tasks].flatten(0, 1)  # type: ignore[no-untyped-call,no-any-return]
+
+        return replace(self, episode=self.episode.map(chosen), plan=tuple(chosen(step) for step in self.plan))
+
+    def spread(self, start: Tree) -> Tree:
+        """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
+        if self.replicas is None:
+            return tree.stack(start, self.tasks)
+        each = {name: t[:, None].expand(-1, self.tasks, *t.shape[1:]) for name, t in start.items()}
+        return {name: t.flatten(0, 1) for name, t in each.items()}
+
+    def mean(self, stacked: Tree) -> Tree:
+        """The mean over the tasks, of each run."""
+        return {name: self.task_mean(t) for name, t in stacked.items()}
+
+    def task_mean(self, t: Tensor) -> Tensor:
+        """The mean over the tasks, the first axis of t, of each run."""
+        if self.replicas is None:
+            return t.mean(0)
+        return t.view(self.replicas, -1, *t.shape[1:]).mean(1)
+
+    def spread_state(self) -> State:
+        """The state before the first step, for each task."""
+        return {part: values if part == SHARED else self.spread(values) for part, values in self.state.items()}
+
+    def mean_state(self, state: State) -> State:
+        """The mean over the tasks of a stacked state: how carried state leaves a meta-batch."""
+        return {part: values if part == SHARED else self.mean(values) for part, values in state.items()}
 
     def split(self, start: Tree) -> tuple[Tree, Tree]:
         """The parameters that are adapted, and the others."""
@@ -91,14 +159,14 @@ class InnerLoop:
         """Adapt every task from the initialisation `start` (one set of parameters), step by step.
 
         Args:
-            start: the initialisation, not stacked.
+            start: the initialisation, not stacked by task.
             onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
         """
-        episode, tasks = self.episode, self.episode.tasks
+        episode = self.episode
         optimizer = self.optimizer.for_tasks(episode.seed, episode.split, episode.number)
         alone, common = self.split(start)
-        everywhere = tree.stack(common, tasks)
-        params, state = tree.stack(alone, tasks), stack_state(self.state, tasks)
+        everywhere = self.spread(common)
+        params, state = self.spread(alone), self.spread_state()
         if onward is not None:
             params, state = self.split(onward.end)[0], onward.state
         for x, y in self.batches():
@@ -122,7 +190,7 @@ class InnerLoop:
             onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
         """
         tasks = self.episode.tasks
-        end, state = tree.stack(start, tasks), stack_state(self.state, tasks)
+        end, state = self.spread(start), self.spread_state()
         combination: Tree = {}
         losses = [self.episode.support_x.new_empty(0, tasks)] if onward is None else [onward.losses]
         if onward is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fomal import tree
 from fomal.checks import nonnegative
-from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.inner.optimizer import InnerOptimizer, State, times
 from fomal.tree import Tree
 
 
@@ -24,7 +24,8 @@ class SGD(InnerOptimizer):
 
     def __init__(self, lr: float = 0.01, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         nonnegative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr: float | Tensor = lr
+        self.momentum, self.weight_decay = momentum, weight_decay
 
     def init(self, params: Mapping[str, Tensor]) -> State:
         """Zero momentum; no state at all without momentum."""
@@ -37,4 +38,6 @@ class SGD(InnerOptimizer):
         if self.momentum:
             gradient = tree.add_scaled(gradient, state["momentum"], self.momentum)
             state = {"momentum": gradient}
+        if isinstance(self.lr, Tensor):
+            return {name: p - times(self.lr, gradient[name]) for name, p in params.items()}, state
         return tree.add_scaled(params, gradient, -self.lr), state

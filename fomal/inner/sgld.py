@@ -11,7 +11,7 @@ from torch import Tensor
 from fomal import tree
 from fomal.checks import nonnegative
 from fomal.data.sampler import noise_words
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, times
 from fomal.random import normal
 from fomal.tree import Tree
 
@@ -31,7 +31,8 @@ class SGLD(InnerOptimizer):
 
     def __init__(self, lr: float = 0.01, temperature: float = 1e-4, weight_decay: float = 0.0) -> None:
         nonnegative(lr=lr, temperature=temperature, weight_decay=weight_decay)
-        self.lr, self.temperature, self.weight_decay = lr, temperature, weight_decay
+        self.lr: float | Tensor = lr
+        self.temperature, self.weight_decay = temperature, weight_decay
         self._tasks: tuple[int, int, Tensor] | None = None
 
     def for_tasks(self, seed: int, split: int, number: Tensor) -> SGLD:
@@ -54,9 +55,10 @@ class SGLD(InnerOptimizer):
         steps = state[SHARED]["steps"]
         if self.weight_decay:
             gradient = tree.add_scaled(gradient, params, self.weight_decay)
-        moved = tree.add_scaled(params, gradient, -self.lr)
+        moved = {name: p - times(self.lr, gradient[name]) for name, p in params.items()}
         if self.temperature:
-            moved = tree.add_scaled(moved, self._noise(steps, params), (2 * self.lr * self.temperature) ** 0.5)
+            scale, noise = (2 * self.temperature * self.lr) ** 0.5, self._noise(steps, params)
+            moved = {name: p + times(scale, noise[name]) for name, p in moved.items()}
         return moved, {SHARED: {"steps": steps + 1}}
 
     def _noise(self, steps: Tensor, params: Tree) -> Tree:

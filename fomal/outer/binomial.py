@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fomal import tree
-from fomal.inner.optimizer import InnerOptimizer
+from fomal.inner.optimizer import InnerOptimizer, times
 from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.inner.sgd import SGD
 from fomal.outer.maml import check_order
@@ -38,7 +38,7 @@ class BinomialMAML(OuterRule):
         """See `OuterRule`."""
         trajectory, before = _rollout(inner, start)
         gradient = inner.query_gradients(trajectory.end)  # (T, ...)
-        total = tree.mean(gradient)
+        total = inner.mean(gradient)
         adapted = inner.split(gradient)[0]
         steps, tasks = len(inner.plan), inner.episode.tasks
         x, y = (torch.stack(part) for part in zip(*inner.batches(), strict=True))  # (k, T, B, ...)
@@ -49,7 +49,7 @@ class BinomialMAML(OuterRule):
             at = {name: p[:last].flatten(0, 1) for name, p in before.items()}
             term = self._factors(inner, at, x[:last].flatten(0, 1), y[:last].flatten(0, 1), vectors)
             term = {name: t.view(last, tasks, *t.shape[1:]) for name, t in term.items()}
-            total = tree.add(total, {name: t.sum(0).mean(0) for name, t in term.items()})
+            total = tree.add(total, inner.mean({name: t.sum(0) for name, t in term.items()}))
             vectors = {name: _sums_from_the_end(t)[1:] for name, t in inner.split(term)[0].items()}
         return total, trajectory
 
@@ -62,7 +62,10 @@ class BinomialMAML(OuterRule):
         product = inner.objective.hessian_products(params, x, y, padded)
         if optimizer.weight_decay:
             product = tree.add_scaled(product, padded, optimizer.weight_decay)
-        return tree.scaled(product, -optimizer.lr)
+        lr = optimizer.lr
+        if isinstance(lr, Tensor):
+            lr = lr.repeat(len(x) // inner.episode.tasks)  # steps are in front of runs
+        return {name: -times(lr, p) for name, p in product.items()}
 
     def expansion(self, inner_steps: int) -> Expansion:
         """As MAML's from order 1 on; first-order MAML's for order 0."""

@@ -43,4 +43,4 @@ class StepCombination(OuterRule):
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
         trajectory = inner.rollout(start, step_weights=self.weights)
-        return tree.scaled(tree.mean(trajectory.combination), -1.0), trajectory
+        return tree.scaled(inner.mean(trajectory.combination), -1.0), trajectory

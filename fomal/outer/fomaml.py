@@ -24,7 +24,7 @@ class FOMAML(OuterRule):
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
         trajectory = inner.rollout(start, step_weights=_last(len(inner.plan)))
-        return tree.scaled(tree.mean(trajectory.combination), -1.0), trajectory
+        return tree.scaled(inner.mean(trajectory.combination), -1.0), trajectory
 
     def expansion(self, inner_steps: int) -> Expansion:
         """Divided by alpha: AvgGrad - (k - 1) alpha AvgGradInner."""
@@ -39,7 +39,7 @@ class QueryFOMAML(OuterRule):
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
         trajectory = inner.rollout(start)
-        return tree.mean(inner.query_gradients(trajectory.end)), trajectory
+        return inner.mean(inner.query_gradients(trajectory.end)), trajectory
 
     def expansion(self, inner_steps: int) -> Expansion:
         """AvgGrad - k alpha AvgGradInner for k inner steps (section 5.1)."""

@@ -14,7 +14,7 @@ class Reptile(OuterRule):
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
         trajectory = inner.rollout(start)
-        return tree.subtract(inner.split(start)[0], tree.mean(trajectory.end)), trajectory
+        return tree.subtract(inner.split(start)[0], inner.mean(trajectory.end)), trajectory
 
     def expansion(self, inner_steps: int) -> Expansion:
         """Divided by alpha: k AvgGrad - k (k - 1) / 2 alpha AvgGradInner."""
