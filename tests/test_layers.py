@@ -23,6 +23,7 @@ LAYERS = [
     {"inner"},
     {"outer"},
     {"evaluation", "meta_iteration", "preflight"},
+    {"captured"},
     {"analysis"},
     {"learner"},
     {"build"},
