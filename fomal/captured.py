@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,20 +41,17 @@ def cuda_graph(function: Function, buffers: list[Tensor]) -> Replay:
         RuntimeError: an operation waits for the device, or cannot be captured.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    mode = torch.cuda.get_sync_debug_mode()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for run in range(WARM_UP):
-            # What waits is found here, since a capture that fails leaves torch's generators unusable.
-            torch.cuda.set_sync_debug_mode("error" if run == WARM_UP - 1 else mode)
-            try:
-                function(buffers)
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
+        for _ in range(WARM_UP - 1):
+            function(buffers)
+        with _waiting_refused():  # here, since a capture that fails leaves torch's generators unusable
+            function(buffers)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads, e.g. those that pin memory and watch NCCL, go on as they please.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    here = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves its own stream in place
+    with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function(buffers)
 
     def replay() -> Sequence[Tensor]:
@@ -61,6 +59,18 @@ def cuda_graph(function: Function, buffers: list[Tensor]) -> Replay:
         return outputs
 
     return replay
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 CAPTURES: dict[str, Capture] = {"cuda": cuda_graph}
@@ -151,7 +161,7 @@ class CapturedGradient:
             graph = self._captured(inputs, signature)
             reason = self._wrong(graph, inputs) or self._wrong(graph, another(inputs))
         except Exception as error:  # capturing raises many kinds, and users' modules any
-            return first_line(error)
+            return first_line(error.__context__ or error)  # ending a capture fails too, after what spoilt it
         if not reason:
             self._graphs.append(graph)
         return reason
