@@ -15,9 +15,10 @@ from torch.optim import SGD as TorchSGD
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
+from fomal.captured import CAPTURES, CapturedGradient
 from fomal.checks import one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
+from fomal.data.episode import Episode, Numbers
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
 from fomal.distributed import refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, evaluate
@@ -26,7 +27,7 @@ from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
 from fomal.inner.rollout import InnerLoop, take
 from fomal.memory import Chunks
-from fomal.meta_iteration import bad_tasks, mean_over_processes, meta_gradient
+from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient
 from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
@@ -67,6 +68,9 @@ class MetaLearner(L.LightningModule):
             made of torch's, torchvision's, timm's and fomal's modules. Rules that differentiate through the inner
             loop run as they are written.
         compiled: also compile recordings with torch.compile, which takes some ten seconds for each and a C++ compiler.
+        cuda_graph: capture the device's part of a meta-iteration, up to the outer gradient, as a CUDA graph, and replay
+            it; with `data.on_device` the drawing of the tasks is part of it. Other devices, and networks that draw
+            random numbers (dropout) or wait for the device, run as they are, with one line that says so.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
@@ -108,6 +112,7 @@ class MetaLearner(L.LightningModule):
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
         tasks_per_chunk: int | None = None,
         meta_iterations_per_step: int = 1,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         positive(
@@ -119,6 +124,11 @@ class MetaLearner(L.LightningModule):
         one_of(("carried", "reset"), inner_state=inner_state)
         one_of(("all", "adapted"), outer_parameters=outer_parameters)
         one_of(("raise", "skip_task"), on_nonfinite=on_nonfinite)
+        if cuda_graph and on_nonfinite == "skip_task":
+            raise ValueError(
+                "cuda_graph=True with on_nonfinite='skip_task', which waits for the device in each meta-iteration: use "
+                "on_nonfinite: raise, or leave cuda_graph out."
+            )
         rule.check(inner_steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -142,6 +152,8 @@ class MetaLearner(L.LightningModule):
             self._restrict(self.adapted, outer_parameters)
         self.objective = Objective(network, vectorize, Recorder(network, recorded, compiled))
         self.chunks = Chunks(tasks_per_chunk)
+        self.cuda_graph = cuda_graph
+        self.captured: CapturedGradient | None = None
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
@@ -176,16 +188,21 @@ class MetaLearner(L.LightningModule):
         trainable = tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
         return {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()}
 
-    def inner_loop(self, episode: Episode, training: bool) -> InnerLoop:
-        """The inner loops of `episode`, on the training or the evaluation schedule, from the carried state."""
+    def begun_state(self) -> State:
+        """The carried state, or one that is new, on the network's device."""
         phi = self.initialisation()
-        like = next(self.network.parameters())
         adapted = {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
         state = self.inner_optimizer.init(adapted) if self.carried is None else self.carried
+        device = next(self.network.parameters()).device
+        return {part: tree.to_device(values, device) for part, values in state.items()}
+
+    def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
+        """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
+        like = next(self.network.parameters())
         inner = InnerLoop(
             objective=self.objective,
             optimizer=self.inner_optimizer,
-            state={part: tree.to_device(values, like.device) for part, values in state.items()},
+            state=self.begun_state() if state is None else state,
             plan=self._plan(episode, training),
             episode=episode.floating(like.dtype),
             adapted=self.adapted,
@@ -201,7 +218,7 @@ class MetaLearner(L.LightningModule):
         stream = (episode.seed, episode.split, episode.number)
         if not training or self.rule.tail_shots is None:
             return minibatch_plan(*stream, examples, steps, batch, self.inner_replacement)
-        head, tail = (i.to(episode.number.device) for i in separate_tail(examples, episode.ways, self.rule.tail_shots))
+        head, tail = separate_tail(examples, episode.ways, self.rule.tail_shots, episode.number.device)
         plan = minibatch_plan(*stream, len(head), steps - 1, batch, self.inner_replacement)
         return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
 
@@ -233,9 +250,32 @@ class MetaLearner(L.LightningModule):
 
     # -- training
 
-    def training_step(self, batch: Episode | list[Episode], batch_idx: int) -> None:
+    def gradient_of(self, batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
+        """What a meta-batch of this process says, from an initialisation and an inner state: a function of these alone.
+
+        Args:
+            batch: the tasks, or their numbers, from which the run's datamodule draws them.
+            phi: the initialisation.
+            state: the inner optimiser's.
+        """
+        skip = self.on_nonfinite == "skip_task"
+        return meta_gradient(self.rule, self._training_loop(batch, state), phi, skip, self.chunks)
+
+    def _training_loop(self, batch: Episode | Numbers, state: State) -> InnerLoop:
+        if isinstance(batch, Numbers):
+            data = getattr(self.trainer, "datamodule", None)
+            assert isinstance(data, EpisodeDataModule)  # no other gives numbers
+            batch = data.draw(batch)
+        return self.inner_loop(batch, training=True, state=state)
+
+    def _fixed(self) -> Any:
+        """The settings that `gradient_of` depends on."""
+        inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, _settings(self.inner_optimizer)
+        return inner, _settings(self.rule), self.objective.vectorize, self.network.training
+
+    def training_step(self, batch: Episode | Numbers | list[Episode | Numbers], batch_idx: int) -> None:
         """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
-        if isinstance(batch, Episode):
+        if not isinstance(batch, list):
             self._meta_iteration(batch)
             return
         for place, episode in enumerate(batch):
@@ -245,18 +285,18 @@ class MetaLearner(L.LightningModule):
                 count_batch(self.trainer)
             self._meta_iteration(episode)
 
-    def _meta_iteration(self, batch: Episode) -> None:
+    def _meta_iteration(self, batch: Episode | Numbers) -> None:
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         self._seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
-        inner, phi = self.inner_loop(batch, training=True), self.initialisation()
+        phi, state = self.initialisation(), self.begun_state()
         skip = self.on_nonfinite == "skip_task"
-        found = meta_gradient(self.rule, inner, phi, skip, self.chunks)
+        found = (self.captured or self.gradient_of)(batch, phi, state)
         found, flags = mean_over_processes(found, self.watch.flags(self.device))
         self.watch.look(
             flags,
             found.is_finite(),
             self.global_step + 1,
-            lambda: inner.episode.number[bad_tasks(self.rule, inner, phi)].tolist(),
+            lambda: batch.number[bad_tasks(self.rule, self._training_loop(batch, state), phi)].tolist(),
         )
         counts = not skip or bool(found.weight)
         if counts and self.inner_state == "carried" and found.state:
@@ -414,6 +454,23 @@ class MetaLearner(L.LightningModule):
     def on_train_start(self) -> None:
         """Refuse processes that go on from different checkpoints."""
         refuse_disagreement({"the meta-iteration they go on from": self.global_step})
+        self._settle_capture()
+
+    def _settle_capture(self) -> None:
+        """See `cuda_graph`."""
+        capture = CAPTURES.get(self.device.type) if self.cuda_graph else None
+        if self.cuda_graph and capture is None:
+            rank_zero_warn(f"cuda_graph=True has no effect on {self.device.type}: meta-iterations run as they are.")
+        args = self.gradient_of, self.network, self._fixed
+        self.captured = None if capture is None else CapturedGradient(*args, capture)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, EpisodeDataModule):
+            data.keeps_numbers = self.captured is not None
+
+    def on_train_end(self) -> None:
+        """Free what was captured."""
+        if self.captured is not None:
+            self.captured.forget()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""
@@ -441,3 +498,9 @@ class MetaLearner(L.LightningModule):
                 )
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+
+def _settings(part: object) -> Any:
+    """The kind of a rule or an inner optimiser, and its attributes that are plain values, as text."""
+    plain = {name: repr(value) for name, value in vars(part).items() if isinstance(value, int | float | str | list)}
+    return type(part), plain

@@ -26,6 +26,7 @@ class MetaGradient(NamedTuple):
         losses: (2,), the mean loss on the first and on the last mini-batch.
         weight: (), the share of the tasks that count, summed over processes.
         skipped: (), the number of tasks that do not.
+        finite: (), bool: whether no value is infinite or NaN, where that is known already.
     """
 
     gradient: Tree
@@ -33,6 +34,7 @@ class MetaGradient(NamedTuple):
     losses: Tensor
     weight: Tensor
     skipped: Tensor
+    finite: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The means over tasks: what may be non-finite, and what is reduced over processes."""
@@ -47,10 +49,12 @@ class MetaGradient(NamedTuple):
             part: values if part == SHARED else {name: next(left) for name in values}
             for part, values in self.state.items()
         }
-        return self._replace(gradient=gradient, state=state, losses=next(left))
+        return self._replace(gradient=gradient, state=state, losses=next(left), finite=None)
 
     def is_finite(self) -> Tensor:
         """(), bool: whether no value is infinite or NaN."""
+        if self.finite is not None:
+            return self.finite
         return torch.stack([t.isfinite().all() for t in self.tensors()]).all()
 
 
@@ -129,11 +133,13 @@ def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Ch
 
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
     gradient, trajectory = rule(inner, start)
-    losses = inner.task_mean(trajectory.losses[[0, -1]].T)
+    losses = inner.task_mean(
+        torch.stack([trajectory.losses[0], trajectory.losses[-1]], 1)
+    )  # [[0, -1]] waits for the device
     return MetaGradient(
         tree.detach(gradient),
         inner.mean_state(trajectory.state),
-        losses,
-        weight=torch.ones((), device=losses.device),
-        skipped=torch.zeros((), device=losses.device),
+        inner.task_mean(torch.stack(ends, 1)),
+        weight=torch.ones((), device=ends[0].device),
+        skipped=torch.zeros((), device=ends[0].device),
     )

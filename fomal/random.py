@@ -55,9 +55,11 @@ def random_words(seed: int, stream: int | Tensor, index: Tensor, draws: int) -> 
         (T, draws) int64 with values in [0, 2**32); row t depends on (seed, stream, index[t]) alone.
     """
     blocks = -(-draws // 4)
+    if not isinstance(stream, Tensor):
+        stream = torch.full((), stream, dtype=torch.int64, device=index.device)  # as_tensor would wait for the device
     counter = (
         torch.arange(blocks, device=index.device)[None, :],
-        torch.as_tensor(stream, dtype=torch.int64, device=index.device).view(1, 1),
+        stream.view(1, 1),
         (index & _MASK)[:, None],
         ((index >> 32) & _MASK)[:, None],
     )

@@ -23,6 +23,7 @@ LAYERS = [
     {"inner"},
     {"memory", "outer"},
     {"evaluation", "meta_iteration", "preflight", "trainer_steps"},
+    {"captured"},
     {"analysis"},
     {"learner"},
     {"build"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, overload
 
 import lightning as L
 import torch
@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fomal.checks import nonnegative, one_of, positive
-from fomal.data.episode import Episode
+from fomal.data.episode import Episode, Numbers
 from fomal.data.sampler import SPLITS
 
-Batch = TypeVar("Batch", Episode, list[Episode])
 
-
-class EpisodeStream(IterableDataset[Episode]):
+class EpisodeStream(IterableDataset[Episode | Numbers]):
     """Meta-batches `start`, `start + 1`, ... of a split, as far as `stop` (None: endless).
 
     Meta-batch m of size B holds the episodes m B .. (m + 1) B - 1, of which rank r of w takes every w-th;
@@ -37,13 +35,13 @@ class EpisodeStream(IterableDataset[Episode]):
         self.data, self.split, self.batch, self.start, self.tasks = data, split, batch, start, tasks
         self.rank, self.world = data.rank_and_world()
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[Episode | Numbers]:
         offset, stride = _worker()
         batch = self.start + offset
         while self.tasks is None or batch * self.batch < self.tasks:
             number = self.numbers(batch)
             if len(number):
-                yield self.data.episodes(self.split, number)
+                yield self.data.batch(self.split, number)
             batch += stride
 
     def numbers(self, batch: int) -> Tensor:
@@ -54,7 +52,7 @@ class EpisodeStream(IterableDataset[Episode]):
         return number[number % self.world == self.rank]
 
 
-class ChunkStream(IterableDataset[list[Episode]]):
+class ChunkStream(IterableDataset[list[Episode | Numbers]]):
     """The meta-batches of an endless stream in chunks of `size`, cut before the multiples of `size`.
 
     The first is shorter where the stream starts within one. Loader worker j of J yields chunks j, j + J, ...
@@ -63,13 +61,13 @@ class ChunkStream(IterableDataset[list[Episode]]):
     def __init__(self, stream: EpisodeStream, size: int) -> None:
         self.stream, self.size = stream, size
 
-    def __iter__(self) -> Iterator[list[Episode]]:
+    def __iter__(self) -> Iterator[list[Episode | Numbers]]:
         stream, size = self.stream, self.size
         offset, stride = _worker()
         chunk = stream.start // size + offset
         while True:
             batches = range(max(stream.start, chunk * size), (chunk + 1) * size)
-            yield [stream.data.episodes(stream.split, stream.numbers(batch)) for batch in batches]
+            yield [stream.data.batch(stream.split, stream.numbers(batch)) for batch in batches]
             chunk += stride
 
 
@@ -94,13 +92,19 @@ class EpisodeDataModule(L.LightningDataModule):
             more than a few pay on a GPU alone.
         num_workers: loader processes; 0 samples in the training process.
         seed: seed of the episode stream; the command line links it to `seed_everything`.
+        on_device: draw training tasks on the device, where their images then stay; they are the same. Needs memory for
+            the training images there, and `num_workers: 0`.
 
     Attributes:
+        draws_anywhere: whether `episodes` computes on the device of the numbers, without waiting for it.
+        keeps_numbers: whether `on_after_batch_transfer` leaves `Numbers` as they are, for a learner that draws them.
         partition_settings: names of the arguments that decide which classes are trained on; a checkpoint is not
             tested under other values of them.
     """
 
     partition_settings: ClassVar[frozenset[str]] = frozenset()
+    draws_anywhere: ClassVar[bool] = False
+    keeps_numbers: bool = False
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class EpisodeDataModule(L.LightningDataModule):
         eval_tasks_per_batch: int = 10,
         num_workers: int = 0,
         seed: int = 0,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         train_shots = shots if train_shots is None else train_shots
@@ -127,6 +132,13 @@ class EpisodeDataModule(L.LightningDataModule):
             eval_tasks_per_batch=eval_tasks_per_batch,
         )
         nonnegative(train_query_shots=train_query_shots, num_workers=num_workers, seed=seed)
+        if on_device and not self.draws_anywhere:
+            raise ValueError(f"on_device=True: {type(self).__name__} draws its tasks on the CPU: leave it out.")
+        if on_device and num_workers:
+            raise ValueError(
+                f"num_workers={num_workers} would have nothing to do, since on_device=True draws tasks on the device: "
+                f"use num_workers: 0, or leave on_device out."
+            )
         self.shots = shots
         self.query_shots = query_shots
         self.train_shots = train_shots
@@ -137,10 +149,25 @@ class EpisodeDataModule(L.LightningDataModule):
         self.eval_tasks_per_batch = eval_tasks_per_batch
         self.num_workers = num_workers
         self.seed = seed
+        self.on_device = on_device
 
     @abstractmethod
     def episodes(self, split: str, number: Tensor) -> Episode:
         """The tasks `number` (T,) int64 of a split ("train", "val" or "test"): a pure function of its arguments."""
+
+    def batch(self, split: str, number: Tensor) -> Episode | Numbers:
+        """What the loader gives of the tasks `number`: themselves or, with `on_device`, the numbers alone."""
+        if self.on_device and split == "train":
+            return Numbers(number, self.seed, split_index(split))
+        return self.episodes(split, number)
+
+    def draw(self, numbers: Numbers) -> Episode:
+        """The tasks of these numbers on their device, preprocessed."""
+        return self.preprocessed(self.episodes(SPLITS[numbers.split], numbers.number))
+
+    def preprocessed(self, episode: Episode) -> Episode:
+        """With the network's inputs."""
+        return episode._replace(support_x=self.preprocess(episode.support_x), query_x=self.preprocess(episode.query_x))
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Turn stored inputs into the network's floating-point inputs; runs on the device."""
@@ -175,23 +202,31 @@ class EpisodeDataModule(L.LightningDataModule):
         stream = EpisodeStream(self, "train", self.meta_batch_size, start)
         return self._loader(stream if size == 1 else ChunkStream(stream, size))
 
-    def val_dataloader(self) -> DataLoader[Episode]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """The first `val_tasks` tasks of the validation stream."""
         return self._loader(EpisodeStream(self, "val", self.eval_tasks_per_batch, tasks=self.val_tasks))
 
-    def test_dataloader(self) -> DataLoader[Episode]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """The first `test_tasks` tasks of the test stream."""
         return self._loader(EpisodeStream(self, "test", self.eval_tasks_per_batch, tasks=self.test_tasks))
 
-    def predict_dataloader(self) -> DataLoader[Episode]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The same tasks as `test_dataloader`."""
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Preprocess on the device."""
-        if isinstance(batch, list):
-            return [self.on_after_batch_transfer(episode, dataloader_idx) for episode in batch]
-        return batch._replace(support_x=self.preprocess(batch.support_x), query_x=self.preprocess(batch.query_x))
+    @overload
+    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode: ...
+    @overload
+    def on_after_batch_transfer(self, batch: Numbers, dataloader_idx: int) -> Episode | Numbers: ...
+    @overload
+    def on_after_batch_transfer(self, batch: list[Any], dataloader_idx: int) -> list[Any]: ...
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw and preprocess on the device."""
+        if isinstance(batch, list):  # a chunk
+            return [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
+        if isinstance(batch, Episode):
+            return self.preprocessed(batch)
+        return batch if self.keeps_numbers else self.draw(batch)
 
     def _loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
         return DataLoader(

@@ -9,6 +9,20 @@ import torch
 from torch import Tensor
 
 
+class Numbers(NamedTuple):
+    """T training tasks by their numbers alone, to be drawn where these are.
+
+    Attributes:
+        number: (T,) int64, the number of each task in the stream of its split.
+        seed: the seed of that stream.
+        split: the split's place in `fomal.data.sampler.SPLITS`.
+    """
+
+    number: Tensor
+    seed: int = 0
+    split: int = 0
+
+
 class Episode(NamedTuple):
     """T tasks with their support and query sets.
 
@@ -39,8 +53,8 @@ class Episode(NamedTuple):
     def of_classes(cls, support: Tensor, query: Tensor, number: Tensor, seed: int, split: int) -> Episode:
         """Classification tasks from inputs (T, ways, shots, *input) and (T, ways, query shots, *input) by class."""
         tasks, ways = support.shape[:2]
-        label = torch.arange(ways)
-        support_y, query_y = (label.repeat_interleave(x.shape[2]).expand(tasks, -1) for x in (support, query))
+        label = torch.arange(ways, device=support.device)[:, None]
+        support_y, query_y = (label.expand(-1, x.shape[2]).flatten().expand(tasks, -1) for x in (support, query))
         return cls(support.flatten(1, 2), support_y, query.flatten(1, 2), query_y, number, ways, seed, split)
 
     @property

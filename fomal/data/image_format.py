@@ -163,9 +163,13 @@ class ImageFormat:
         """Pixels (..., C, H, W) uint8 to float32: values / 255, minus `mean`, divided by `std`."""
         y = x.to(torch.float32, copy=True).div_(255)
         if any(self.mean) or set(self.std) != {1.0}:
-            mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-            y.sub_(mean).div_(std)
+            y.sub_(_by_channel(self.mean, y)).div_(_by_channel(self.std, y))
         return y
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C, 1, 1), or (1, 1, 1) for all; filled in on the device, since a copy from the host would wait for it."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 class _Refused(ValueError):

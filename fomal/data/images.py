@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,14 @@ class ClassImages(NamedTuple):
                 x[here] = variant(x[here].flatten(0, 1)).view(-1, *x.shape[2:])
         return x  # (T, W, M, C, H, W)
 
+    def resident(self, device: torch.device) -> ClassImages:
+        """The same classes with all their images on `device`, varied once and for all, so that `take` only gathers."""
+        every = enumerate(self.counts.tolist())
+        images = [self.take(torch.tensor([[k]]), torch.arange(n)[None, None])[0, 0] for k, n in every]
+        packed = ClassImages.of(torch.cat(images).to(device), self.counts)
+        rows, first, counts, variant = (t.to(device) for t in packed[1:5])
+        return ClassImages(packed.images, rows, first, counts, variant)
+
 
 class ImageDataModule(EpisodeDataModule):
     """N-way K-shot tasks from images, which a data set gives in `load`.
@@ -84,6 +92,7 @@ class ImageDataModule(EpisodeDataModule):
         image_format: how a user's own image files become such images; None where files mean nothing.
     """
 
+    draws_anywhere: ClassVar[bool] = True
     classes: dict[str, ClassImages]
     image_format: ImageFormat | None = None
 
@@ -103,7 +112,13 @@ class ImageDataModule(EpisodeDataModule):
         self.new_classes = new_classes or []
         self.class_transforms = class_transforms or []
         self.image_transforms = image_transforms or []
+        if self.on_device and (self.class_transforms or self.image_transforms):
+            raise ValueError(
+                "on_device=True: class_transforms and image_transforms draw on the CPU: leave on_device out, or use "
+                "new_classes, which are drawn once and for all."
+            )
         self.classes = {}
+        self._resident: dict[tuple[str, torch.device], ClassImages] = {}
 
     @abstractmethod
     def load(self) -> dict[str, ClassImages]:
@@ -118,7 +133,16 @@ class ImageDataModule(EpisodeDataModule):
             if variants and "train" in classes:
                 classes["train"] = classes["train"].varied(variants)
             self.classes = classes
+        if self.on_device and "train" in self.classes and isinstance(self.classes["train"].images, Decoding):
+            raise ValueError(
+                "on_device=True needs the images in memory, but they are decoded when episodes need them: raise "
+                "data.cache_gb, set data.cache_dir to a folder with more room, or leave on_device out."
+            )
         self.check_sizes()
+
+    def teardown(self, stage: str) -> None:
+        """Free the device's memory."""
+        self._resident = {}
 
     def check_sizes(self) -> None:
         """Raise ValueError unless every split has enough classes, and every class enough images, for a task."""
@@ -141,11 +165,11 @@ class ImageDataModule(EpisodeDataModule):
                 raise ValueError(f"rotations=True needs square images, not {height} x {width}: leave it out.")
 
     def episodes(self, split: str, number: Tensor) -> Episode:
-        """Tasks `number` of a split; images stay uint8 until `preprocess`."""
+        """Tasks `number` of a split, on their device, where the images stay then; uint8 until `preprocess`."""
         place = split_index(split)
         if split not in self.classes:
             raise ValueError(f"the data have no {split} classes, only those of {', '.join(self.classes)}: add some.")
-        classes = self.classes[split]
+        classes = self._classes_on(split, number.device)
         shots, query_shots = self.examples(split)
         chosen, members = choose(self.seed, place, number, classes.counts, self.ways, shots + query_shots)
         if split == "train" and (self.class_transforms or self.image_transforms):
@@ -156,6 +180,13 @@ class ImageDataModule(EpisodeDataModule):
         else:
             support, query = (classes.take(chosen, part) for part in (members[..., :shots], members[..., shots:]))
         return Episode.of_classes(support, query, number, self.seed, place)
+
+    def _classes_on(self, split: str, device: torch.device) -> ClassImages:
+        if device.type == "cpu":
+            return self.classes[split]
+        if (split, device) not in self._resident:
+            self._resident[split, device] = self.classes[split].resident(device)
+        return self._resident[split, device]
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Pixels uint8 to the float32 values that `image_format` makes of them."""

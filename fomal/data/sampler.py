@@ -116,7 +116,9 @@ def minibatch_plan(
     return picks.unbind(1)
 
 
-def separate_tail(examples: int, ways: int, tail_shots: int) -> tuple[Tensor, Tensor]:
+def separate_tail(
+    examples: int, ways: int, tail_shots: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Reserve the first `tail_shots` examples of each class, for the last mini-batch alone.
 
     A task lists its examples class by class, those of a class in random order, so taking the first is
@@ -126,6 +128,7 @@ def separate_tail(examples: int, ways: int, tail_shots: int) -> tuple[Tensor, Te
         examples: support examples of a task, S, equally many of each class.
         ways: number of classes.
         tail_shots: examples to reserve per class.
+        device: where the indices will be.
 
     Returns:
         head: (S - ways * tail_shots,) int64, indices of the others.
@@ -140,5 +143,5 @@ def separate_tail(examples: int, ways: int, tail_shots: int) -> tuple[Tensor, Te
             f"tail_shots={tail_shots} does not split a task with {shots} support examples per class: "
             f"use 0 < tail_shots < {shots}, or raise data.train_shots."
         )
-    order = torch.arange(examples).view(ways, shots)
+    order = torch.arange(examples, device=device).view(ways, shots)
     return order[:, tail_shots:].flatten(), order[:, :tail_shots].flatten()

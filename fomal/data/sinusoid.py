@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,15 @@ class SinusoidDataModule(EpisodeDataModule):
         kwargs: see `EpisodeDataModule`.
     """
 
+    draws_anywhere: ClassVar[bool] = True
+
     def __init__(self, shots: int = 10, query_shots: int = 100, **kwargs: Any) -> None:
         super().__init__(shots=shots, query_shots=query_shots, **kwargs)
         if query_shots < 2:
             raise ValueError(f"query_shots={query_shots} must be at least 2, the ends of the interval.")
 
     def episodes(self, split: str, number: Tensor) -> Episode:
-        """Tasks `number` of a split, inputs and targets (T, points, 1) float32."""
+        """Tasks `number` of a split, inputs and targets (T, points, 1) float32; devices may differ by rounding."""
         place = split_index(split)
         shots, query_shots = self.examples(split)
         tasks = len(number)
@@ -44,7 +46,7 @@ class SinusoidDataModule(EpisodeDataModule):
         phase = uniform(words[:, 1:2], 0.0, 2 * math.pi)  # (T, 1)
         x = uniform(words[:, 2:], *INTERVAL)  # (T, K + Q)
         if split != "train":
-            x[:, shots:] = torch.linspace(*INTERVAL, query_shots, dtype=x.dtype)
+            x[:, shots:] = torch.linspace(*INTERVAL, query_shots, dtype=x.dtype, device=x.device)
         y = amplitude * torch.sin(x + phase)
         x, y = (t.float().view(tasks, -1, 1) for t in (x, y))
         return Episode(

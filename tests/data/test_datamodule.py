@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fomal.data.datamodule import EpisodeStream
+from fomal.data.episode import Numbers
 from fomal.data.sinusoid import SinusoidDataModule
 
 
@@ -43,3 +44,27 @@ def test_evaluation_covers_each_task_once():
     data = SinusoidDataModule(test_tasks=7, val_tasks=5, eval_tasks_per_batch=3)
     assert numbers(data.test_dataloader(), 99) == [[0, 1, 2], [3, 4, 5], [6]]
     assert numbers(data.val_dataloader(), 99) == [[0, 1, 2], [3, 4]]
+
+
+def test_on_device_the_stream_has_numbers_of_which_the_same_tasks_are_drawn():
+    data, plain = (SinusoidDataModule(seed=3, train_query_shots=2, on_device=on) for on in (True, False))
+    for batch, expected in islice(zip(data.train_dataloader(), plain.train_dataloader(), strict=False), 3):
+        assert isinstance(batch, Numbers)
+        drawn = data.on_after_batch_transfer(batch, 0)
+        for found, value in zip(drawn, plain.on_after_batch_transfer(expected, 0), strict=True):
+            assert torch.equal(found, value) if isinstance(found, torch.Tensor) else found == value
+        data.keeps_numbers = True
+        assert data.on_after_batch_transfer(batch, 0) is batch
+        data.keeps_numbers = False
+    assert numbers(data.val_dataloader(), 1) == numbers(plain.val_dataloader(), 1)
+    assert not isinstance(next(iter(data.val_dataloader())), Numbers)
+
+
+def test_on_device_is_refused_where_tasks_are_drawn_elsewhere():
+    class Own(SinusoidDataModule):
+        draws_anywhere = False
+
+    with pytest.raises(ValueError, match="num_workers=2 would have nothing to do, since on_device=True"):
+        SinusoidDataModule(on_device=True, num_workers=2)
+    with pytest.raises(ValueError, match="on_device=True: Own draws its tasks on the CPU: leave it out"):
+        Own(on_device=True)

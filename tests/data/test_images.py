@@ -3,7 +3,9 @@ import torch
 from torchvision.transforms import v2
 
 from fomal.data.augment import Drawn, Turned
+from fomal.data.image_format import ImageFormat
 from fomal.data.images import ClassImages, ImageDataModule
+from fomal.data.store import Decoding
 
 
 @pytest.fixture
@@ -90,3 +92,25 @@ def test_a_split_that_there_is_not_is_refused_when_it_is_asked_for(classes):
     data.episodes("val", torch.arange(2)).check()
     with pytest.raises(ValueError, match="the data have no test classes, only those of train, val: add some"):
         data.episodes("test", torch.arange(2))
+
+
+def test_resident_classes_hold_the_same_images_varied_already(classes):
+    variants = [Turned(1), Drawn(v2.RandomHorizontalFlip(0.5), 7)]
+    some = classes.select(torch.tensor([2, 0])).varied(variants)
+    moved = some.resident(torch.device("meta"))
+    assert {t.device.type for t in moved[:5]} == {"meta"}
+    resident = some.resident(torch.device("cpu"))
+    assert (len(resident.images), resident.variants) == (3 * (4 + 5), ())
+    chosen = torch.arange(6).view(2, 3)
+    members = torch.tensor([[0, 3], [2, 1], [3, 3]]).expand(2, 3, 2)
+    assert torch.equal(resident.take(chosen, members), some.take(chosen, members))
+    assert torch.equal(resident.counts, some.counts)
+
+
+def test_on_device_is_refused_without_the_images_in_memory(classes):
+    with pytest.raises(ValueError, match="class_transforms and image_transforms draw on the CPU: leave on_device out"):
+        ImageDataModule(on_device=True, image_transforms=[v2.RandomHorizontalFlip()])
+    data = ImageDataModule(ways=3, on_device=True)
+    data.classes = {"train": classes._replace(images=Decoding(None, ["a"] * 13, ImageFormat(4, 4)))}
+    with pytest.raises(ValueError, match=r"on_device=True needs the images in memory, .*: raise data.cache_gb, set"):
+        data.setup()
