@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,48 @@ def build(config: Mapping[str, Any]) -> tuple[MetaLearner, EpisodeDataModule]:
     wanted = {key: config[key] for key in ("seed_everything", "model", "data")}
     made = _instantiated(parser, wanted)
     return made["model"], made["data"]
+
+
+def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The configurations of several runs, from that of all.
+
+    Args:
+        config: of all; its seed is an integer.
+        replicas: their number, for the seeds seed_everything, seed_everything + 1, ...; or for each the settings that
+            differ, by their names on the command line (see `VARIED`).
+
+    Raises:
+        ValueError: naming the setting, for others than seeds and step sizes.
+    """
+    if isinstance(replicas, int):
+        if replicas < 2:
+            raise ValueError(f"replicas={replicas} must be 2 or more, or null for a run alone.")
+        replicas = [{"seed_everything": int(config["seed_everything"]) + place} for place in range(replicas)]
+    if len(replicas) < 2:
+        raise ValueError(f"replicas has {len(replicas)} entry: give two or more, or null for a run alone.")
+    return [_varied(config, changes) for changes in replicas]
+
+
+VARIED = ("seed_everything", "model.inner_optimizer.lr", "model.outer_optimizer.lr")
+"""What may differ between replicas."""
+
+
+def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    varied = {key: deepcopy(value) for key, value in config.items() if key != "replicas"}
+    for name, value in changes.items():
+        if name not in VARIED:
+            raise ValueError(f"replicas: {name} cannot differ between them: use {', '.join(VARIED)}.")
+        parts = name.split(".")
+        inside = varied
+        for part in parts[:-1]:
+            inside = inside[part]
+        inside = inside.get("init_args", inside)
+        kind = int if name == "seed_everything" else float
+        if isinstance(value, bool) or not isinstance(value, int | kind):
+            raise ValueError(f"replicas: {name}={value!r} must be {'an integer' if kind is int else 'a number'}.")
+        inside[parts[-1]] = kind(value)
+    varied["data"].get("init_args", {}).pop("seed", None)  # it follows seed_everything
+    return varied
 
 
 def build_network(config: Mapping[str, Any]) -> nn.Module:

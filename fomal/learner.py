@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
@@ -33,7 +34,7 @@ from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
 from fomal.preflight import check_trainer
-from fomal.trainer_steps import check_intervals, count_batch
+from fomal.trainer_steps import check_intervals, one_by_one
 from fomal.tree import Tree
 from fomal.versions import commits, versions
 from fomal.watch import Watch
@@ -270,24 +271,18 @@ class MetaLearner(L.LightningModule):
 
     def _fixed(self) -> Any:
         """The settings that `gradient_of` depends on."""
-        inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, _settings(self.inner_optimizer)
-        return inner, _settings(self.rule), self.objective.vectorize, self.network.training
+        inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, settings(self.inner_optimizer)
+        return inner, settings(self.rule), self.objective.vectorize, self.network.training
 
     def training_step(self, batch: Episode | Numbers | list[Episode | Numbers], batch_idx: int) -> None:
         """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
-        if not isinstance(batch, list):
-            self._meta_iteration(batch)
-            return
-        for place, episode in enumerate(batch):
-            if place:
-                if self.global_step == self.trainer.max_steps or self.watch.ends(self.trainer.world_size):
-                    break
-                count_batch(self.trainer)
-            self._meta_iteration(episode)
+        parts: Iterator[Episode | Numbers] = one_by_one(self.trainer, batch, self.watch)
+        for part in parts:
+            self._meta_iteration(part)
 
     def _meta_iteration(self, batch: Episode | Numbers) -> None:
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
-        self._seed(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
+        self.seed_for(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         phi, state = self.initialisation(), self.begun_state()
         skip = self.on_nonfinite == "skip_task"
         found = (self.captured or self.gradient_of)(batch, phi, state)
@@ -299,18 +294,24 @@ class MetaLearner(L.LightningModule):
             lambda: batch.number[bad_tasks(self.rule, self._training_loop(batch, state), phi)].tolist(),
         )
         counts = not skip or bool(found.weight)
-        if counts and self.inner_state == "carried" and found.state:
-            self.carried = found.state
-        for name, parameter in self.network.named_parameters():
-            gradient = found.gradient.get(name) if counts else None
-            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        self.adopt(found if counts else None)
         self._optimizer().step()
         self._scheduler().step()
         if skip:
             self.skipped_tasks += int(found.skipped)
-        self._log_training(found.losses[None] if counts else found.losses[None][:0])
+        figures = self.training_figures(found.losses[None] if counts else found.losses[None][:0])
+        if figures:
+            self.log_dict(figures | {"outer_lr": self._optimizer().param_groups[0]["lr"]})
 
-    def _seed(self, seed: int) -> None:
+    def adopt(self, found: MetaGradient | None) -> None:
+        """Give the outer gradient to the parameters, and go on from its inner state; None: no task counts."""
+        if found is not None and self.inner_state == "carried" and found.state:
+            self.carried = found.state
+        for name, parameter in self.network.named_parameters():
+            gradient = None if found is None else found.gradient.get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+
+    def seed_for(self, seed: int) -> None:
         """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
@@ -326,21 +327,21 @@ class MetaLearner(L.LightningModule):
         assert isinstance(scheduler, LRScheduler)  # configure_optimizers returns one
         return scheduler
 
-    def _log_training(self, losses: Tensor) -> None:
+    def training_figures(self, losses: Tensor) -> dict[str, Any]:
+        """What is due to be logged after a meta-iteration with these losses (n, 2); nothing between."""
         self.train_losses.update(losses)
         if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined] # set by a helper
-            return
+            return {}
         (first, last), _ = self.train_losses.compute()
         self.train_losses.reset()
         figures = {
             "train/loss_first_step": first,
             "train/loss_last_step": last,
-            "outer_lr": self._optimizer().param_groups[0]["lr"],
             "step": float(self.global_step),  # the logger's x axis, in meta-iterations
         }
         if self.on_nonfinite == "skip_task":
             figures["train/skipped_tasks"] = float(self.skipped_tasks)
-        self.log_dict(figures)
+        return figures
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimiser over the trainable parameters, and its schedule."""
@@ -390,13 +391,14 @@ class MetaLearner(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
-        self._log_evaluation("val")
+        self.log_dict(self.evaluation_figures("val") | {"step": float(self.global_step)})
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures."""
-        self._log_evaluation("test")
+        self.log_dict(self.evaluation_figures("test"))
 
-    def _log_evaluation(self, stage: str) -> None:
+    def evaluation_figures(self, stage: str) -> dict[str, Tensor]:
+        """What the evaluated tasks say, and forget them; `results` has it too."""
         figures: dict[str, tuple[Tensor, Tensor]] = {}
         tasks = 0
         self.results = {}
@@ -416,20 +418,23 @@ class MetaLearner(L.LightningModule):
         metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
         metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
         self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
-        self.log_dict({**metrics, "step": float(self.global_step)} if stage == "val" else metrics)
         self.accuracies.reset()
         self.losses_by_step.reset()
         self.distances.reset()
+        return metrics
 
     # -- checks before work starts, and checkpoints
 
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
+        self.check_with(getattr(self.trainer, "datamodule", None), stage)
+
+    def check_with(self, data: object, stage: str) -> None:
+        """See `setup`; `data` is what the trainer has as datamodule."""
         check_trainer(self.trainer)
         if stage == "fit":
             check_intervals(self.trainer, self.meta_iterations_per_step)
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
-        data = getattr(self.trainer, "datamodule", None)
         if self.meta_iterations_per_step > 1 and stage == "fit" and not isinstance(data, EpisodeDataModule):
             raise ValueError(
                 f"model.meta_iterations_per_step={self.meta_iterations_per_step} needs an EpisodeDataModule, given as "
@@ -474,7 +479,11 @@ class MetaLearner(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""
-        checkpoint["fomal"] = {
+        checkpoint["fomal"] = self.own_part()
+
+    def own_part(self) -> dict[str, Any]:
+        """What a checkpoint has under "fomal"."""
+        return {
             "config": self.config,
             "carried": self.carried,
             "max_steps": self.trainer.max_steps,
@@ -500,7 +509,7 @@ class MetaLearner(L.LightningModule):
         self.skipped_tasks = saved.get("skipped_tasks", 0)
 
 
-def _settings(part: object) -> Any:
+def settings(part: object) -> Any:
     """The kind of a rule or an inner optimiser, and its attributes that are plain values, as text."""
     plain = {name: repr(value) for name, value in vars(part).items() if isinstance(value, int | float | str | list)}
     return type(part), plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,3 +66,20 @@ def merge_over_processes(metrics: Sequence[TaskMean]) -> None:
     sums = iter(sum_over_processes(parts))
     for metric in metrics:
         metric.total, metric.squares, metric.total_tasks = next(sums), next(sums), next(sums).long()
+
+
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_NORMAL = 1.959964
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of a few independent values and the half-width of its 95 % interval (Student 1908); NaN for one."""
+    mean, degrees = statistics.fmean(values), len(values) - 1
+    if not degrees:
+        return mean, math.nan
+    if degrees <= len(_STUDENT):
+        quantile = _STUDENT[degrees - 1]
+    else:  # Abramowitz & Stegun 26.7.5
+        z = _NORMAL
+        quantile = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fomal.watch import Watch
+
+
+def one_by_one(trainer: L.Trainer, batch: Any, watch: Watch) -> Iterator[Any]:
+    """The meta-batch of a step or, of a chunk (a list), those in it, as far as `max_steps` or a request to stop."""
+    for place, part in enumerate(batch if isinstance(batch, list) else [batch]):
+        if place:
+            if trainer.global_step == trainer.max_steps or watch.ends(trainer.world_size):
+                break
+            count_batch(trainer)
+        yield part
 
 
 def count_batch(trainer: L.Trainer) -> None:

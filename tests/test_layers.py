@@ -26,6 +26,7 @@ LAYERS = [
     {"captured"},
     {"analysis"},
     {"learner"},
+    {"replicas"},
     {"build"},
     {"adaptation"},
     {"plots"},

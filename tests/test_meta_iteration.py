@@ -14,7 +14,6 @@ import torch
 from fomal.callbacks import SaveLast
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD, SGLD, Adam
-from fomal.inner.optimizer import mean_state
 from fomal.memory import Chunks
 from fomal.meta_iteration import bad_tasks, meta_gradient
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
@@ -127,7 +126,7 @@ def test_the_mean_is_that_of_the_finite_tasks(rule: Any) -> None:
         torch.testing.assert_close(value, (alone[0][0][name] + alone[1][0][name]) / 2, rtol=1e-12, atol=1e-14)
     for kind, values in found.state.items():
         for name, value in values.items():
-            expected = sum(mean_state(trajectory.state)[kind][name] for _, trajectory in alone) / 2
+            expected = sum(clean.mean_state(trajectory.state)[kind][name] for _, trajectory in alone) / 2
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14, check_dtype=False)
 
 

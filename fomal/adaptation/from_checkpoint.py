@@ -102,6 +102,8 @@ def image_format_of(checkpoint: str | Path) -> ImageFormat:
 
 
 def _config(content: dict[str, Any]) -> dict[str, Any]:
+    if "replicas" in content["fomal"]:
+        raise ValueError("the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say.")
     config: dict[str, Any] = content["fomal"]["config"]
     if not config:
         raise ValueError("the checkpoint was made in Python and has no configuration: give learner= and image_format=.")

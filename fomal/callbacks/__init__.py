@@ -5,6 +5,7 @@ from fomal.callbacks.checkpoint import SaveLast
 from fomal.callbacks.episode_grid import EpisodeGrid
 from fomal.callbacks.figures import AdaptationFigure, LearningCurve
 from fomal.callbacks.progress import MetaProgressBar
+from fomal.callbacks.replicas import ReplicaFiles
 from fomal.callbacks.results import PredictionsFile, ResultsFile
 from fomal.callbacks.signals import ExitOnSigterm
 
@@ -16,6 +17,7 @@ __all__ = [
     "LearningCurve",
     "MetaProgressBar",
     "PredictionsFile",
+    "ReplicaFiles",
     "ResultsFile",
     "SaveLast",
 ]

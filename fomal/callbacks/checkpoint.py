@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,6 +22,7 @@ from fomal.checks import positive
 from fomal.distributed import together
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
+from fomal.replicas import Replicas, replica_checkpoint, replica_folder
 from fomal.signals import EXIT_CODE, Handlers, leave
 
 
@@ -36,6 +38,8 @@ class SaveLast(Checkpoint):
     once more stops at once. With several processes a validation is finished first, unless it had yet to start.
     Lightning's `ModelCheckpoint` can be used beside it, e.g. to keep the best.
 
+    Of `Replicas`, each replica's own checkpoint is written into a folder of its own, too, as that of a run alone.
+
     Args:
         every_n_meta_iterations: how often to save during training.
         dirpath: folder; None means `checkpoints` in the run's folder.
@@ -46,7 +50,7 @@ class SaveLast(Checkpoint):
         self.every_n_meta_iterations = every_n_meta_iterations
         self.dirpath = dirpath
         self._handlers = Handlers()
-        self._learner: MetaLearner | None = None
+        self._learner: MetaLearner | Replicas | None = None
         self._asked = 0  # the signal that asked this process to stop
         self._requeue: int | None = None
         self._saved_at = -1
@@ -72,7 +76,7 @@ class SaveLast(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what another run left in the same place, listen for signals, and make up an interrupted validation."""
-        self._learner = pl_module if isinstance(pl_module, MetaLearner) else None
+        self._learner = pl_module if isinstance(pl_module, MetaLearner | Replicas) else None
         self._asked, self._saved_at = 0, trainer.global_step if trainer.ckpt_path else -1
         if self._learner is not None:
             self._learner.watch.asked = self._learner.watch.stopping = 0  # of an earlier run
@@ -156,15 +160,19 @@ class SaveLast(Checkpoint):
             return
         if self._learner is not None:
             self._learner.watch.refuse_nonfinite(step)
+        if isinstance(self._learner, Replicas):
+            self._learner.stop_nonfinite(step)
         for logger in trainer.loggers:
             logger.save()  # a killed process writes nothing more
-        path = self.path(trainer)
+        path, folder = self.path(trainer), run_folder(trainer)  # in every process: they broadcast
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
             with _between_steps(trainer), together():
                 trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
             if trainer.is_global_zero:
                 publish(unfinished, path)
+                if isinstance(self._learner, Replicas):
+                    _save_replicas(path, folder)
         except OSError as error:
             kept = f"that of meta-iteration {self._saved_at} is intact" if self._saved_at > 0 else "there is none yet"
             raise OSError(
@@ -179,6 +187,22 @@ class SaveLast(Checkpoint):
             for logger in trainer.loggers:
                 if hasattr(logger, "log_checkpoint"):
                     logger.log_checkpoint(path, step, final)
+
+
+def _save_replicas(path: Path, folder: Path) -> None:
+    """Write what each replica would have as a run of its own; that of one that has stopped stays as it is."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for place in range(len(checkpoint["fomal"]["replicas"])):
+        if place in checkpoint["fomal"]["stopped"]:
+            continue
+        own = folder / replica_folder(place) / "checkpoints" / LAST
+        own.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = own.with_name(f".{LAST}.unfinished")
+        try:
+            torch.save(replica_checkpoint(checkpoint, place), unfinished)
+            publish(unfinished, own)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from fomal.data.episode import Episode
 from fomal.distributed import gather
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
+from fomal.metrics import student_interval
+from fomal.replicas import Replicas, replica_folder
 from fomal.versions import commits, versions
 
 
 class ResultsFile(Callback):
     """Prints a table after `test` or `validate`, and after `test` writes `results.json` into the run's folder.
 
+    Of `Replicas`, each has a file in a folder of its own, and the table is of means over them.
     It holds the metrics with their 95 % half-widths, the number of tasks, seed, configuration, package versions,
     git commits, checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
     """
@@ -41,17 +45,30 @@ class ResultsFile(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the table after `validate`."""
-        if trainer.state.fn == "validate" and trainer.is_global_zero and isinstance(pl_module, MetaLearner):
-            print_table(pl_module.results)
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            self._print(pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the table and write the file."""
-        path = run_folder(trainer) / "results.json"  # in every process: it broadcasts
-        if not trainer.is_global_zero or not isinstance(pl_module, MetaLearner):
+        """Print the table and write the file; each replica has one of its own."""
+        folder = run_folder(trainer)  # in every process: it broadcasts
+        if not trainer.is_global_zero:
             return
-        print_table(pl_module.results)
-        config = pl_module.config
-        results = pl_module.results | {
+        self._print(pl_module)
+        if isinstance(pl_module, MetaLearner):
+            self._write(trainer, pl_module, folder / "results.json")
+        elif isinstance(pl_module, Replicas):
+            for place, learner in enumerate(pl_module):
+                self._write(trainer, learner, folder / replica_folder(place) / "results.json")
+
+    def _print(self, learner: L.LightningModule) -> None:
+        if isinstance(learner, MetaLearner):
+            print_table(learner.results)
+        elif isinstance(learner, Replicas):
+            print_replicas([own.results for own in learner])
+
+    def _write(self, trainer: L.Trainer, learner: MetaLearner, path: Path) -> None:
+        config = learner.config
+        results = learner.results | {
             "seed": config.get("seed_everything"),
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
             "meta_iterations": _meta_iterations(trainer),
@@ -94,6 +111,20 @@ def print_table(results: dict[str, Any]) -> None:
     for name in (name for name in metrics if not name.endswith("_ci95")):
         scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
         table.add_row(name, f"{scale * metrics[name]:{digits}}{unit}", f"± {scale * metrics[f'{name}_ci95']:{digits}}")
+    Console().print(table)
+
+
+def print_replicas(results: Sequence[dict[str, Any]]) -> None:
+    """Print the means of the metrics over replicas with their 95 % intervals over them, and each one's mean."""
+    table = Table(title=f"{len(results)} replicas, {results[0]['tasks']} tasks each")
+    for column in ("metric", "mean", "95 % over replicas", *(str(place) for place in range(len(results)))):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in (name for name in results[0]["metrics"] if not name.endswith("_ci95")):
+        scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
+        values = [scale * own["metrics"][name] for own in results]
+        mean, half = student_interval(values)
+        each = (f"{value:{digits}}" for value in values)
+        table.add_row(name, f"{mean:{digits}}{unit}", f"± {half:{digits}}", *each)
     Console().print(table)
 
 

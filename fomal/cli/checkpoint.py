@@ -93,7 +93,7 @@ def _imported(path: str) -> Any:
 
 
 def _is_free(key: str, verb: str, fixed_data: set[str]) -> bool:
-    if key == "seed_everything":
+    if key in ("seed_everything", "replicas") or key.startswith("replicas."):
         return False
     section, _, name = key.partition(".")
     if section not in ("model", "data"):

@@ -19,17 +19,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fomal.build import SEED, add_arguments, stream_seed
+from fomal.build import SEED, VARIED, add_arguments, build, replica_configs, stream_seed
 from fomal.callbacks import (
     EpisodeGrid,
     ExitOnSigterm,
     LearningCurve,
     MetaProgressBar,
     PredictionsFile,
+    ReplicaFiles,
     ResultsFile,
     SaveLast,
 )
 from fomal.callbacks.folder import is_trial, run_folder
+from fomal.callbacks.replicas import replica_loggers
 from fomal.checkpoints import meta_iterations
 from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
@@ -38,10 +40,12 @@ from fomal.cli.explain import explain
 from fomal.cli.given import Given, with_config_paths
 from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
+from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import launched_processes
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
 from fomal.preflight import check_precision
+from fomal.replicas import Replicas
 from fomal.trainer_steps import check_intervals
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
@@ -83,7 +87,8 @@ def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
     Args:
         trainer: the trainer's settings; they can turn the progress bar and checkpoints off.
     """
-    chosen: list[Callback] = [ResultsFile(), PredictionsFile(), LearningCurve(), EpisodeGrid(), ExitOnSigterm()]
+    chosen: list[Callback] = [ReplicaFiles(), ResultsFile(), PredictionsFile(), LearningCurve(), EpisodeGrid()]
+    chosen.append(ExitOnSigterm())
     if trainer.get("enable_progress_bar") is not False:
         chosen.append(MetaProgressBar())
     if trainer.get("enable_checkpointing") is not False:
@@ -112,6 +117,14 @@ def trainer_defaults(verb: str) -> dict[str, Any]:
 def say(text: str) -> None:
     """Tell the user one line, beside the output proper."""
     print(f"fomal: {text}", file=sys.stderr, flush=True)
+
+
+def _learner(config: dict[str, Any]) -> MetaLearner:
+    """The learner of a run alone."""
+    L.seed_everything(config["seed_everything"], workers=True, verbose=False)
+    learner, _ = build(config)
+    learner.config = config
+    return learner
 
 
 class SaveConfig(SaveConfigCallback):
@@ -170,6 +183,13 @@ class FomalCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add fomal's own options first: they are what `--help` is asked for."""
         add_arguments(parser)
+        parser.add_argument(
+            "--replicas",
+            type=int | list[dict[str, Any]] | None,
+            default=None,
+            help="run so many seeds side by side, from seed_everything on; or a list with the settings of each, from "
+            f"{', '.join(VARIED)}",
+        )
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
 
@@ -281,7 +301,14 @@ class FomalCLI(LightningCLI):
             self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
             check_intervals(self.trainer, self.model.meta_iterations_per_step)  # before data are read
         plain = self._plain(self.config)
-        self.model.config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
+        config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
+        if plain.get("replicas") is None:
+            self.model.config = config
+            return
+        configs = replica_configs(config, plain["replicas"])
+        self.model = Replicas([_learner(own) for own in configs])
+        self.model.config = config | {"replicas": plain["replicas"]}
+        self.datamodule = ReplicatedDataModule(self.datamodule, [own["seed_everything"] for own in configs])
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         return super()._instantiate_trainer(config, [*callbacks, *default_callbacks(config)])
@@ -295,17 +322,27 @@ class FomalCLI(LightningCLI):
         """Keep the log of an earlier run in the same folder, and go on with that of a resumed one."""
         if is_trial(self.trainer):
             return
-        log = run_folder(self.trainer) / "metrics.csv"
+        folder = run_folder(self.trainer)
         # CSVLogger deletes the log that is there when training starts.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-        if not self.trainer.is_global_zero or not log.is_file():
+        if not self.trainer.is_global_zero:
             return
+        logs = {folder / "metrics.csv": self.trainer.logger}
+        if isinstance(self.model, Replicas):
+            loggers = replica_loggers(folder, len(self.model.learners))
+            logs |= {Path(logger.log_dir) / "metrics.csv": logger for logger in loggers}
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by a helper
+                if isinstance(callback, ReplicaFiles):
+                    callback.loggers = loggers
         ckpt_path = self.config[self.verb].get("ckpt_path")
-        logger = self.trainer.logger
-        if ckpt_path and isinstance(logger, CSVLogger) and resume.is_of_run(Path(ckpt_path), log.parent):
-            resume.go_on_with_log(logger, log, meta_iterations(Path(ckpt_path)))
-        else:
-            keep_earlier(log)
+        goes_on = ckpt_path and resume.is_of_run(Path(ckpt_path), folder)
+        for log, logger in logs.items():
+            if not log.is_file():
+                continue
+            if goes_on and isinstance(logger, CSVLogger):
+                resume.go_on_with_log(logger, log, meta_iterations(Path(ckpt_path)))
+            else:
+                keep_earlier(log)
 
     def after_fit(self) -> None:
         """Say where the run is."""

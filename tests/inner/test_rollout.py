@@ -7,7 +7,6 @@ from torch import nn
 from fomal import tree
 from fomal.inner import SGD, Adam
 from fomal.inner.objective import Objective
-from fomal.inner.optimizer import mean_state
 from tests.oracle import adapt_one, batches
 
 PAIRS = {
@@ -47,7 +46,7 @@ def test_rollout_equals_a_loop_with_torch_optim(pair, vectorize, network, episod
 def test_carried_state_goes_on_where_torch_optim_left_off(pair, network, episode, make_inner, phi):
     optimizer, make_torch = PAIRS[pair]
     first = make_inner(optimizer)
-    carried = mean_state(first.rollout(phi).state)
+    carried = first.mean_state(first.rollout(phi).state)
     second = make_inner(optimizer, state=carried).rollout(phi)
     states = [adapt_one(network, make_torch, *batches(episode, first.plan, t))[2].state_dict() for t in range(4)]
     average = states[0]
@@ -66,9 +65,10 @@ def test_carried_state_goes_on_where_torch_optim_left_off(pair, network, episode
 
 
 def test_adam_counts_the_steps_of_one_task_whatever_their_number(make_inner, phi):
-    state = mean_state(make_inner(Adam(0.01), steps=3).rollout(phi).state)
+    inner = make_inner(Adam(0.01), steps=3)
+    state = inner.mean_state(inner.rollout(phi).state)
     assert state["shared"]["steps"] == 3
-    again = mean_state(make_inner(Adam(0.01), steps=3, state=state).rollout(phi).state)
+    again = inner.mean_state(make_inner(Adam(0.01), steps=3, state=state).rollout(phi).state)
     assert again["shared"]["steps"] == 6
 
 

@@ -5,7 +5,6 @@ import torch
 
 from fomal import tree
 from fomal.inner import SGD, SGLD
-from fomal.inner.optimizer import mean_state
 
 LR, TEMPERATURE = 0.1, 0.5
 
@@ -88,8 +87,8 @@ def test_going_on_equals_not_stopping(make_inner, phi):
     for name in phi:
         assert torch.equal(second.end[name], expected.end[name])
     assert torch.equal(second.losses, expected.losses)
-    assert mean_state(second.state)["shared"]["steps"] == 4
-    carried = make_inner(SGLD(LR, 1e-3), state=mean_state(second.state)).rollout(phi).end  # other noise
+    assert whole.mean_state(second.state)["shared"]["steps"] == 4
+    carried = make_inner(SGLD(LR, 1e-3), state=whole.mean_state(second.state)).rollout(phi).end  # other noise
     assert any(not torch.equal(carried[name], expected.end[name]) for name in phi)
 
 

@@ -1,0 +1,286 @@
+"""Several runs of one configuration side by side in one program: other seeds, or other step sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from fomal.data.episode import Episode
+from fomal.data.replicated import ReplicatedDataModule
+from fomal.distributed import refuse_disagreement
+from fomal.inner.optimizer import InnerOptimizer, part_of_state
+from fomal.inner.rollout import InnerLoop
+from fomal.learner import MetaLearner, settings
+from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
+from fomal.trainer_steps import one_by_one
+from fomal.watch import LOOK_EVERY, Watch
+
+SAME = (
+    "inner_steps",
+    "inner_batch_size",
+    "inner_replacement",
+    "inner_state",
+    "eval_inner_steps",
+    "eval_inner_batch_size",
+    "meta_iterations_per_step",
+)
+
+
+class Replicas(L.LightningModule):
+    """R learners trained at once: the inner loops of all their tasks are one, and data and launches are shared.
+
+    Each is the run that it would be alone, up to rounding: with its own tasks (`ReplicatedDataModule`), carried state,
+    outer optimiser and schedule. What is logged here are means over the replicas; `figures` has each one's own. A
+    replica whose values become infinite or NaN stops, with one line, and the others go on.
+
+    Args:
+        learners: with one architecture and one rule; seeds, and the step sizes of the inner and the outer optimisers,
+            may differ. All parameters are learnt and adapted.
+
+    Attributes:
+        figures: for each replica what was logged last, to be written by a callback.
+        stopped: for each replica that has stopped, after which meta-iteration.
+
+    Raises:
+        ValueError: for learners that do not fit together, or settings that replicas do not know.
+    """
+
+    def __init__(self, learners: Sequence[MetaLearner]) -> None:
+        super().__init__()
+        _check(learners)
+        self.automatic_optimization = False
+        first = learners[0]
+        for learner in learners[1:]:
+            learner.objective, learner.chunks = first.objective, first.chunks  # what is settled once holds for all
+        self.learners = nn.ModuleList(learners)
+        self.meta_iterations_per_step = first.meta_iterations_per_step
+        self.watch = Watch()
+        self.config: dict[str, Any] = {}
+        self.figures: list[dict[str, Any]] = [{} for _ in learners]
+        self.stopped: dict[int, int] = {}
+        self._finite = torch.ones(len(learners), dtype=torch.bool)
+        self._optimizer = _of_all(learners)
+
+    def __iter__(self) -> Any:
+        """The learners."""
+        return iter(self.learners)
+
+    # -- training
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One meta-iteration of each replica, or those of a chunk."""
+        for part in one_by_one(self.trainer, batch, self.watch):
+            self._meta_iteration(part)
+
+    def _meta_iteration(self, batch: tuple[Episode, ...]) -> None:
+        learners = list(self)
+        learners[0].seed_for(batch[0].seed + self.global_step * self.trainer.world_size + self.global_rank)
+        loops = [learner.inner_loop(episode, training=True) for learner, episode in zip(learners, batch, strict=True)]
+        inner = InnerLoop.side_by_side(loops, _on(self._optimizer, self.device))
+        starts = [learner.initialisation() for learner in learners]
+        phi = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
+        found = meta_gradient(learners[0].rule, inner, phi, False, learners[0].chunks)
+        found, flags = mean_over_processes(found, self.watch.flags(self.device))
+        self.watch.look(flags, torch.ones((), dtype=torch.bool, device=self.device), self.global_step + 1, list)
+        self._look(found)
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
+        first = optimizers[0]
+        for place, learner in enumerate(learners):
+            learner.adopt(None if place in self.stopped else _part(found, place))
+        for optimizer in optimizers[1:]:
+            optimizer.optimizer.step()  # not counted by the trainer, whose steps are meta-iterations
+        assert isinstance(first, LightningOptimizer)
+        first.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        self._log_training(found.losses, [optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+
+    def _look(self, found: MetaGradient) -> None:
+        """Stop the replicas whose values are not finite; on a GPU, which would have to be waited for, now and then."""
+        finite = torch.stack([t.isfinite().flatten(1).all(1) for t in found.tensors()]).all(0)
+        self._finite = self._finite.to(finite.device) & finite
+        if finite.device.type == "cpu" or (self.global_step + 1) % LOOK_EVERY == 0:
+            self.stop_nonfinite(self.global_step + 1)
+
+    def stop_nonfinite(self, step: int) -> None:
+        """Leave the replicas as they are that had a value which is not finite since the last look.
+
+        Raises:
+            FloatingPointError: none is left.
+        """
+        for place, finite in enumerate(self._finite.tolist()):
+            if finite or place in self.stopped:
+                continue
+            self.stopped[place] = step
+            rank_zero_warn(
+                f"replica {place} stops at meta-iteration {step}, where its loss, gradient or inner state is not "
+                f"finite; the others go on. Lower its step sizes."
+            )
+        if len(self.stopped) == len(self.learners):
+            raise FloatingPointError(
+                f"meta-iteration {step}: no replica is left whose values are finite: lower model.inner_optimizer.lr or "
+                f"the outer step size."
+            )
+
+    def _log_training(self, losses: Tensor, rates: Sequence[float]) -> None:
+        found = [learner.training_figures(own[None]) for learner, own in zip(self, losses, strict=True)]
+        if found[0]:
+            self._log_each([own | {"outer_lr": rate} for own, rate in zip(found, rates, strict=True)])
+
+    def _log_each(self, figures: list[dict[str, Any]]) -> None:
+        """Keep each replica's figures for its own log, and log their means."""
+        self.figures = figures
+        running = [own for place, own in enumerate(figures) if place not in self.stopped]
+        self.log_dict({name: sum(float(own[name]) for own in running) / len(running) for name in running[0]})
+
+    def configure_optimizers(self) -> Any:
+        """Each learner's outer optimiser and schedule."""
+        return [learner.configure_optimizers() for learner in self]
+
+    # -- evaluation
+
+    def validation_step(self, batch: tuple[Episode, ...], batch_idx: int) -> None:
+        """Evaluate a batch of tasks of each replica."""
+        for learner, episode in zip(self, batch, strict=True):
+            learner.validation_step(episode, batch_idx)
+
+    def test_step(self, batch: tuple[Episode, ...], batch_idx: int) -> None:
+        """Evaluate a batch of tasks of each replica."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        step = {"step": float(self.global_step)}
+        self._log_each([learner.evaluation_figures("val") | step for learner in self])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self._log_each([learner.evaluation_figures("test") for learner in self])
+
+    # -- checks before work starts, and checkpoints
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before any work, what cannot run, for each learner by itself."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ReplicatedDataModule) or len(data.parts) != len(self.learners):
+            raise ValueError(
+                f"{len(self.learners)} replicas need tasks for each: give the trainer a ReplicatedDataModule with as "
+                f"many seeds."
+            )
+        for learner, part in zip(self, data.parts, strict=True):
+            learner.trainer = self.trainer
+            learner.check_with(part, stage)
+
+    def on_train_start(self) -> None:
+        """Refuse processes that go on from different checkpoints."""
+        refuse_disagreement({"the meta-iteration they go on from": self.global_step})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what each replica's own checkpoint has."""
+        checkpoint["fomal"] = {
+            "config": self.config,
+            "replicas": [learner.own_part() for learner in self],
+            "stopped": self.stopped,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over each replica's carried state."""
+        saved = checkpoint.get("fomal", {}).get("replicas")
+        if saved is None or len(saved) != len(self.learners):
+            found = "no replicas" if saved is None else f"{len(saved)} replicas"
+            raise ValueError(f"ckpt_path is a checkpoint of {found}, not of {len(self.learners)}.")
+        self.stopped = dict(checkpoint["fomal"]["stopped"])
+        for learner, own in zip(self, saved, strict=True):
+            learner.trainer = self.trainer
+            learner.on_load_checkpoint({"fomal": own})
+
+
+def replica_checkpoint(checkpoint: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The checkpoint that a replica would have as a run of its own, from that of all."""
+    prefix = f"learners.{place}."
+    weights = checkpoint["state_dict"].items()
+    return {
+        **checkpoint,
+        "state_dict": {name.removeprefix(prefix): t for name, t in weights if name.startswith(prefix)},
+        "optimizer_states": [checkpoint["optimizer_states"][place]],
+        "lr_schedulers": [checkpoint["lr_schedulers"][place]],
+        "fomal": checkpoint["fomal"]["replicas"][place],
+    }
+
+
+def replica_folder(place: int) -> str:
+    """The folder of a replica within that of the run."""
+    return f"replica_{place}"
+
+
+def _part(found: MetaGradient, place: int) -> MetaGradient:
+    """What the tasks of one replica say."""
+    return found._replace(
+        gradient={name: t[place] for name, t in found.gradient.items()},
+        state=part_of_state(found.state, place),
+        losses=found.losses[place],
+    )
+
+
+def _of_all(learners: Sequence[MetaLearner]) -> InnerOptimizer:
+    """The inner optimiser of all, whose step size is one for each where they differ."""
+    rates = [float(learner.inner_optimizer.lr) for learner in learners]
+    optimizer = learners[0].inner_optimizer
+    if len(set(rates)) > 1:
+        optimizer = copy(optimizer)
+        optimizer.lr = torch.tensor(rates, dtype=torch.float64)
+    return optimizer
+
+
+def _on(optimizer: InnerOptimizer, device: torch.device) -> InnerOptimizer:
+    """The optimiser, with its step sizes moved to `device`, once."""
+    if isinstance(optimizer.lr, Tensor) and optimizer.lr.device != device:
+        optimizer.lr = optimizer.lr.to(device)
+    return optimizer
+
+
+def _check(learners: Sequence[MetaLearner]) -> None:
+    """See `Replicas`."""
+    first = learners[0]
+    for name, value in {"adapt": first.adapted, "cuda_graph": first.cuda_graph or None}.items():
+        if value is not None:
+            raise ValueError(f"model.{name} does not work with replicas yet: leave one of the two out.")
+    if first.on_nonfinite != "raise":
+        raise ValueError("model.on_nonfinite=skip_task does not work with replicas: leave one of the two out.")
+    if type(first.inner_optimizer).for_tasks is not InnerOptimizer.for_tasks:
+        raise ValueError(f"{type(first.inner_optimizer).__name__} draws noise by episode, which replicas do not know.")
+    frozen = [name for name, p in first.network.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"replicas learn all parameters, but {frozen[0]} is frozen: run them one by one.")
+    for place, other in enumerate(learners[1:], 1):
+        wrong = [name for name in SAME if getattr(first, name) != getattr(other, name)]
+        wrong += [] if settings(first.rule) == settings(other.rule) else ["rule"]
+        wrong += [] if _but_lr(first) == _but_lr(other) else ["inner_optimizer"]
+        wrong += [] if _shapes(first.network) == _shapes(other.network) else ["network"]
+        wrong += [] if _same_buffers(first.network, other.network) else ["network's buffers"]
+        if wrong:
+            raise ValueError(
+                f"replica {place} has another {wrong[0]} than replica 0: seeds and step sizes alone may differ."
+            )
+
+
+def _but_lr(learner: MetaLearner) -> Any:
+    kind, values = settings(learner.inner_optimizer)
+    return kind, {name: value for name, value in values.items() if name != "lr"}
+
+
+def _shapes(network: nn.Module) -> Any:
+    return type(network), {name: p.shape for name, p in network.named_parameters()}
+
+
+def _same_buffers(a: nn.Module, b: nn.Module) -> bool:
+    mine, theirs = dict(a.named_buffers()), dict(b.named_buffers())
+    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in mine.items())
