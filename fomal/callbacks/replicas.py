@@ -74,7 +74,9 @@ class ReplicaFiles(Callback):
             if place in replicas.stopped:
                 continue
             # In 32 bits, as Lightning logs the figures of a run alone.
-            row = {name: float(torch.as_tensor(value).float()) for name, value in figures.items() if name != "step"}
+            row: dict[str, Any] = {
+                name: float(torch.as_tensor(value).float()) for name, value in figures.items() if name != "step"
+            }
             logger.log_metrics(row, step=int(figures["step"]))
             logger.save()
         replicas.figures = [{} for _ in replicas.learners]
