@@ -334,7 +334,7 @@ def test_a_meta_iteration_needs_nothing_of_the_host(
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # there is none on that device
     data = data_of(kind)
     data.setup("fit")
-    learner = (blob_learner if kind == "blobs" else sine_learner)(rule, inner, vectorize=True)
+    learner = (blob_learner if kind == "blobs" else sine_learner)(rule, inner, vectorize=True, recorded=False)
     learner.trainer = trainer()
     learner.trainer.datamodule = data
     learner.to("meta")

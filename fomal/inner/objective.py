@@ -144,7 +144,7 @@ class Objective:
             gradient, loss = self._gradients(params, x, y, common)
             return *optimizer.update(gradient, state, params), gradient, loss  # a recording is judged by its gradient
 
-        moved, state, _, loss = self._run(f"step {id(optimizer)}", step, params, state, x, y, common)
+        moved, state, _, loss = self._run(("step", optimizer.settings()), step, params, state, x, y, common)
         return moved, state, loss
 
     def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
@@ -194,7 +194,7 @@ class Objective:
 
         return self._run("alone", self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
 
-    def _run(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
         if self.recorder is None or not self.vectorize or self._is_settling:
             return function(*args)
         return self.recorder(name, function, *args)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fomal import tree
 from fomal.tree import Tree
 
 State = dict[str, Tree]
@@ -29,6 +31,11 @@ class InnerOptimizer(ABC):
 
     differentiable: bool = True
     """Whether `update` has finite derivatives everywhere, as rules that differentiate the inner loop need."""
+
+    def settings(self) -> tuple[Any, ...]:
+        """Its kind, and its attributes: what `update` depends on beside its arguments."""
+        values = (value if isinstance(value, (int, float, str)) else id(value) for value in vars(self).values())
+        return type(self), *vars(self), *values
 
     def for_tasks(self, seed: int, split: int, number: Tensor) -> InnerOptimizer:
         """This optimiser for the episodes `number` (T,) of a stream: an optimiser with noise draws it by them."""
@@ -67,3 +74,10 @@ def times(rate: float | Tensor, t: Tensor) -> Tensor:
         return rate * t if not isinstance(rate, Tensor) else rate.to(t.dtype) * t
     each = rate.to(t.dtype).repeat_interleave(len(t) // len(rate))
     return each.view(-1, *[1] * (t.dim() - 1)) * t
+
+
+def descend(params: Tree, rate: float | Tensor, direction: Tree) -> Tree:
+    """Parameters (T, ...) less `rate` times the direction, see `times`."""
+    if isinstance(rate, Tensor):
+        return {name: p - times(rate, direction[name]) for name, p in params.items()}
+    return tree.add_scaled(params, direction, -rate)

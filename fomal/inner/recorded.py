@@ -22,6 +22,7 @@ from fomal.tree import Tree, difference
 log = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
+Recording = Callable[[list[Tensor]], Any]
 aten = torch.ops.aten
 
 WIDE_TOLERANCE = 1e-9
@@ -56,28 +57,42 @@ class Recorder:
         self.network = network
         self.compiled = compiled
         self.reason = ""  # why functions run as they are written
+        self.wanted = wanted
         self.is_on = wanted is not False
-        if wanted is None and (unknown := _unknown(network)):
-            self._give_up(f"{unknown} is not a module whose forward is known to be the same each time; {REMEDY}")
-        self._recordings: dict[Any, Function] = {}
+        self._recordings: dict[Any, Recording] = {}
 
-    def __call__(self, name: str, function: Function, *args: Any) -> Any:
-        """`function(*args)`, a function of tensors with tasks in front; `name` tells functions apart."""
-        if not self.is_on or any(_is_transformed(leaf) for leaf in tree_flatten(args)[0]):
+    def __call__(self, name: Any, function: Function, *args: Any) -> Any:
+        """`function(*args)`, a function of tensors with tasks in front.
+
+        Args:
+            name: tells functions apart, with all that they depend on beside their arguments.
+            function: any.
+            args: tensors, and dicts of them.
+        """
+        leaves: list[Tensor] = []
+        names: list[str] = []
+        _collect(args, leaves, names)
+        if not self.is_on or any(_is_transformed(leaf) for leaf in leaves):
             return function(*args)
-        args = tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, args)
-        key = (name, *_signature(args), self.network.training, _autocast(args))
-        if key not in self._recordings:
+        leaves = [leaf.contiguous() for leaf in leaves]
+        key = (name, *names, *_signature(leaves), self.network.training, _autocast(leaves))
+        recording = self._recordings.get(key)
+        if recording is None:
             try:
-                self._recordings[key] = self._recorded(function, args)
+                recording = self._recordings[key] = self._recorded(function, _like(args, iter(leaves)))
             except torch.OutOfMemoryError:  # there may be room for fewer tasks
                 raise
             except Exception as error:  # of the network, of recording, or of the compiler: many kinds
                 self._give_up(first_line(error))
                 return function(*args)
-        return self._recordings[key](*args)
+        return recording(leaves)
 
-    def _recorded(self, function: Function, args: Any) -> Function:
+    def _recorded(self, function: Function, args: Any) -> Recording:
+        if self.wanted is None and (unknown := _unknown(self.network)):
+            raise ValueError(
+                f"{unknown} is not a module whose forward is known to be the same each time; model.recorded: true says "
+                f"that it is"
+            )
         hooked = [name for name, m in self.network.named_modules() if m._forward_hooks or m._forward_pre_hooks]
         if hooked:
             raise ValueError(f"{hooked[0] or 'the network'} has hooks, which would run once only")
@@ -87,10 +102,12 @@ class Recorder:
             if _random_states() != before:
                 raise ValueError("the network draws random numbers")
         if (wide := _wide(function, args)) is not None:
-            _compare(record(function, wide[0])(*wide[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
+            found = record(function, wide[0])(tree_flatten(wide[0])[0])
+            _compare(found, wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
         recording = record(function, args, self.compiled)
-        most, each = (SHORT_TOLERANCE, 1.0) if _is_short(args) else (NARROW_TOLERANCE, BENT_TOLERANCE)
-        _compare(recording(*args), expected, most, each)
+        leaves = tree_flatten(args)[0]
+        most, each = (SHORT_TOLERANCE, 1.0) if _is_short(leaves) else (NARROW_TOLERANCE, BENT_TOLERANCE)
+        _compare(recording(leaves), expected, most, each)
         return recording
 
     def _give_up(self, reason: str) -> None:
@@ -104,31 +121,28 @@ class Recorder:
         )
 
 
-REMEDY = "model.recorded: true says that it is"
+def record(function: Function, args: Any, compiled: bool = False) -> Recording:
+    """`function` as a list of operations on tensors with the shapes of `args`, which must be contiguous.
 
-
-def record(function: Function, args: Any, compiled: bool = False) -> Function:
-    """`function` as a list of operations on tensors with the shapes of `args`, which must be contiguous."""
+    Returns:
+        A function of the tensors in `args`, one after the other.
+    """
     from torch._functorch.compile_utils import fx_graph_cse
     from torch.fx.experimental.proxy_tensor import make_fx
 
     leaves, structure = tree_flatten(args)
-    shape_of_result: list[Any] = []
+    results: list[Any] = []  # for its form
 
     def flat(*leaves: Tensor) -> list[Any]:
-        found, structure_of_result = tree_flatten(function(*tree_unflatten(leaves, structure)))
-        shape_of_result.append(structure_of_result)
-        return found
+        results.append(tree_map(lambda _: None, found := function(*tree_unflatten(leaves, structure))))
+        return tree_flatten(found)[0]
 
     with StackedOperations():
         graph = make_fx(flat)(*leaves)
     module = GraphModule(graph, fx_graph_cse(graph.graph))  # forward and backward merge the same tensors
     run: Function = torch.compile(keep_batch_norm(module), dynamic=False) if compiled else module
 
-    def replay(*args: Any) -> Any:
-        return tree_unflatten(run(*tree_flatten(args)[0]), shape_of_result[-1])
-
-    return replay
+    return lambda leaves: _like(results[-1], iter(run(*leaves)))
 
 
 def _unknown(network: nn.Module) -> str:
@@ -136,19 +150,46 @@ def _unknown(network: nn.Module) -> str:
     return next((type(m).__name__ for m in network.modules() if type(m).__module__.split(".")[0] not in known), "")
 
 
-def _signature(args: Any) -> tuple[Any, ...]:
-    leaves, structure = tree_flatten(args)
-    return str(structure), *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+# Torch's trees do the same in ten times the time, which shows beside the steps of a small network.
 
 
-def _autocast(args: Any) -> Any:
-    device = tree_flatten(args)[0][0].device.type
+def _collect(value: Any, leaves: list[Tensor], names: list[str]) -> None:
+    """The tensors in nested dicts and tuples, in order, and the names in them."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+    elif isinstance(value, dict):
+        names.extend(value)
+        names.append("")  # ends the dict
+        for part in value.values():
+            _collect(part, leaves, names)
+    else:
+        for part in value:
+            _collect(part, leaves, names)
+
+
+def _like(value: Any, leaves: Iterator[Tensor]) -> Any:
+    """The same dicts and tuples with other tensors."""
+    if isinstance(value, dict):
+        return {name: _like(part, leaves) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple([_like(part, leaves) for part in value])
+    return next(leaves)
+
+
+def _signature(leaves: list[Tensor]) -> list[Any]:
+    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+
+
+def _autocast(leaves: list[Tensor]) -> Any:
+    device = leaves[0].device.type
+    if not torch.amp.is_autocast_available(device):
+        return False
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
 
-def _is_short(args: Any) -> bool:
+def _is_short(leaves: list[Tensor]) -> bool:
     """Whether there are 16-bit floating-point numbers in it."""
-    return bool(_autocast(args)) or any(leaf.dtype == torch.bfloat16 for leaf in tree_flatten(args)[0])
+    return bool(_autocast(leaves)) or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
 
 
 def _is_transformed(leaf: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fomal import tree
 from fomal.checks import nonnegative
-from fomal.inner.optimizer import InnerOptimizer, State, times
+from fomal.inner.optimizer import InnerOptimizer, State, descend
 from fomal.tree import Tree
 
 
@@ -38,6 +38,4 @@ class SGD(InnerOptimizer):
         if self.momentum:
             gradient = tree.add_scaled(gradient, state["momentum"], self.momentum)
             state = {"momentum": gradient}
-        if isinstance(self.lr, Tensor):
-            return {name: p - times(self.lr, gradient[name]) for name, p in params.items()}, state
-        return tree.add_scaled(params, gradient, -self.lr), state
+        return descend(params, self.lr, gradient), state

@@ -11,7 +11,7 @@ from torch import Tensor
 from fomal import tree
 from fomal.checks import nonnegative
 from fomal.data.sampler import noise_words
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State, times
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, descend
 from fomal.random import normal
 from fomal.tree import Tree
 
@@ -55,10 +55,9 @@ class SGLD(InnerOptimizer):
         steps = state[SHARED]["steps"]
         if self.weight_decay:
             gradient = tree.add_scaled(gradient, params, self.weight_decay)
-        moved = {name: p - times(self.lr, gradient[name]) for name, p in params.items()}
+        moved = descend(params, self.lr, gradient)
         if self.temperature:
-            scale, noise = (2 * self.temperature * self.lr) ** 0.5, self._noise(steps, params)
-            moved = {name: p + times(scale, noise[name]) for name, p in moved.items()}
+            moved = descend(moved, -((2 * self.temperature * self.lr) ** 0.5), self._noise(steps, params))
         return moved, {SHARED: {"steps": steps + 1}}
 
     def _noise(self, steps: Tensor, params: Tree) -> Tree:
