@@ -140,9 +140,45 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
     with StackedOperations():
         graph = make_fx(flat)(*leaves)
     module = GraphModule(graph, fx_graph_cse(graph.graph))  # forward and backward merge the same tensors
+    join_views(module)
     run: Function = torch.compile(keep_batch_norm(module), dynamic=False) if compiled else module
 
     return lambda leaves: _like(results[-1], iter(run(*leaves)))
+
+
+VIEWS = {
+    aten.alias.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+}
+
+
+def join_views(module: GraphModule) -> None:
+    """Take one view for all of the same tensor with the same shape and strides, the tensor itself if it has them.
+
+    `vmap` leaves many that change nothing, each of which costs as much as the launch of an operation.
+    """
+    base: dict[Any, Any] = {}
+    seen: dict[Any, Any] = {}
+    for node in list(module.graph.nodes):
+        meta = node.meta.get("tensor_meta")
+        is_view = node.target in VIEWS
+        base[node] = base[node.args[0]] if is_view else node
+        if meta is None or not hasattr(meta, "stride"):
+            continue
+        same = seen.setdefault((base[node], meta.shape, meta.stride, meta.dtype), node)
+        if same is not node and is_view:
+            node.replace_all_uses_with(same)
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _unknown(network: nn.Module) -> str:
