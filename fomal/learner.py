@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
 from fomal.captured import CAPTURES, CapturedGradient
-from fomal.checks import one_of, positive
+from fomal.checks import one_of, positive, settings
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode, Numbers
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
@@ -507,9 +507,3 @@ class MetaLearner(L.LightningModule):
                 )
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
-
-
-def settings(part: object) -> Any:
-    """The kind of a rule or an inner optimiser, and its attributes that are plain values, as text."""
-    plain = {name: repr(value) for name, value in vars(part).items() if isinstance(value, int | float | str | list)}
-    return type(part), plain

@@ -12,12 +12,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from fomal.checks import settings
 from fomal.data.episode import Episode
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import refuse_disagreement
 from fomal.inner.optimizer import InnerOptimizer, part_of_state
 from fomal.inner.rollout import InnerLoop
-from fomal.learner import MetaLearner, settings
+from fomal.learner import MetaLearner
 from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
 from fomal.trainer_steps import one_by_one
 from fomal.watch import LOOK_EVERY, Watch
@@ -273,8 +274,7 @@ def _check(learners: Sequence[MetaLearner]) -> None:
 
 
 def _but_lr(learner: MetaLearner) -> Any:
-    kind, values = settings(learner.inner_optimizer)
-    return kind, {name: value for name, value in values.items() if name != "lr"}
+    return [part for part in settings(learner.inner_optimizer) if not isinstance(part, tuple) or part[0] != "lr"]
 
 
 def _shapes(network: nn.Module) -> Any:

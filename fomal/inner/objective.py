@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fomal.checks import first_line
+from fomal.checks import first_line, settings
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
 from fomal.tree import Tree, difference, stack
@@ -118,7 +118,7 @@ class Objective:
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        return self._run("gradients", self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
+        return self.run("gradients", self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
 
     def _gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, Tensor]:
         def loss(params: Tree, x: Tensor, y: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Objective:
             gradient, loss = self._gradients(params, x, y, common)
             return *optimizer.update(gradient, state, params), gradient, loss  # a recording is judged by its gradient
 
-        moved, state, _, loss = self._run(("step", optimizer.settings()), step, params, state, x, y, common)
+        moved, state, _, loss = self.run(("step", settings(optimizer)), step, params, state, x, y, common)
         return moved, state, loss
 
     def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
@@ -167,11 +167,11 @@ class Objective:
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
-        return self._run("losses", self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
+        return self.run("losses", self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
 
     def predict(self, params: Tree, x: Tensor) -> Tensor:
         """Outputs (T, B, *output) with all of a task's inputs x (T, B, *input) in one forward pass."""
-        return self._run("predict", self._over_tasks(self._forward), params, x)  # type: ignore[no-any-return]
+        return self.run("predict", self._over_tasks(self._forward), params, x)  # type: ignore[no-any-return]
 
     def predict_alone(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
         """Outputs (T, Q, *output) with each query forwarded together with the whole support set and nothing else.
@@ -192,9 +192,10 @@ class Objective:
                 )
             return torch.stack([with_support(params, support, query) for query in queries])
 
-        return self._run("alone", self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
+        return self.run("alone", self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
 
-    def _run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
+    def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, recorded where that is on; see `Recorder.__call__`."""
         if self.recorder is None or not self.vectorize or self._is_settling:
             return function(*args)
         return self.recorder(name, function, *args)

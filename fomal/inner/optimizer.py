@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +30,6 @@ class InnerOptimizer(ABC):
 
     differentiable: bool = True
     """Whether `update` has finite derivatives everywhere, as rules that differentiate the inner loop need."""
-
-    def settings(self) -> tuple[Any, ...]:
-        """Its kind, and its attributes: what `update` depends on beside its arguments."""
-        values = (value if isinstance(value, (int, float, str)) else id(value) for value in vars(self).values())
-        return type(self), *vars(self), *values
 
     def for_tasks(self, seed: int, split: int, number: Tensor) -> InnerOptimizer:
         """This optimiser for the episodes `number` (T,) of a stream: an optimiser with noise draws it by them."""

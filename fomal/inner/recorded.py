@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -127,7 +128,8 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
     Returns:
         A function of the tensors in `args`, one after the other.
     """
-    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     leaves, structure = tree_flatten(args)
@@ -137,10 +139,12 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
         results.append(tree_map(lambda _: None, found := function(*tree_unflatten(leaves, structure))))
         return tree_flatten(found)[0]
 
-    with StackedOperations():
+    # One mode for all fake tensors, of which the recorder would otherwise make one for each operation.
+    context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with StackedOperations(), tracing(context):
         graph = make_fx(flat)(*leaves)
-    module = GraphModule(graph, fx_graph_cse(graph.graph))  # forward and backward merge the same tensors
-    join_views(module)
+    module = GraphModule(graph, graph.graph)
+    join_equals(module)
     run: Function = torch.compile(keep_batch_norm(module), dynamic=False) if compiled else module
 
     return lambda leaves: _like(results[-1], iter(run(*leaves)))
@@ -160,21 +164,27 @@ VIEWS = {
 }
 
 
-def join_views(module: GraphModule) -> None:
-    """Take one view for all of the same tensor with the same shape and strides, the tensor itself if it has them.
+def join_equals(module: GraphModule) -> None:
+    """Take one for all operations on the same tensors, and for all views of a tensor with the same shape and strides.
 
-    `vmap` leaves many that change nothing, each of which costs as much as the launch of an operation.
+    Forward and backward merge the same tensors, and `vmap` leaves many views that change nothing, each of which costs
+    as much as the launch of an operation. Random operations are not recorded; one that changes a tensor ends this.
     """
+    calls = [node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)]
+    if any(target._schema.is_mutable for target in calls):
+        return
     base: dict[Any, Any] = {}
     seen: dict[Any, Any] = {}
-    for node in list(module.graph.nodes):
-        meta = node.meta.get("tensor_meta")
-        is_view = node.target in VIEWS
+    for node in module.graph.nodes:
+        meta, is_view = node.meta.get("tensor_meta"), node.target in VIEWS
         base[node] = base[node.args[0]] if is_view else node
-        if meta is None or not hasattr(meta, "stride"):
-            continue
-        same = seen.setdefault((base[node], meta.shape, meta.stride, meta.dtype), node)
-        if same is not node and is_view:
+        call = (node.target, str(node.args), str(node.kwargs)) if node.op == "call_function" else node
+        place = (base[node], meta.shape, meta.stride, meta.dtype) if hasattr(meta, "stride") else node
+        same = seen.get(call) or (seen.get(place) if is_view else None)
+        if same is None:
+            seen[call] = node
+            seen.setdefault(place, node)
+        else:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
@@ -270,13 +280,18 @@ def _wide(function: Function, args: Any) -> tuple[Any, Any] | None:
 def _compare(found: Any, expected: Any, most: float, each: float) -> None:
     """Raise ValueError where a part of the result is off by more than `most` for half of the tasks, or `each` for one.
 
-    Each part, such as the gradients of all parameters, is measured by its norm.
+    Each part, such as the gradients of all parameters, is measured by its norm; one that is not by task as a whole, by
+    `each`.
     """
     for a, b in zip(_parts(found), _parts(expected), strict=True):
-        errors = sorted(
-            _error({n: t[task] for n, t in a.items()}, {n: t[task] for n, t in b.items()}) for task in _tasks(b)
-        )
-        if errors and not (errors[(len(errors) - 1) // 2] <= most and errors[-1] <= each):
+        tasks = {len(t) for t in b.values()}
+        if len(tasks) == 1:
+            each_task = range(tasks.pop())
+            errors = sorted(_error({n: t[i] for n, t in a.items()}, {n: t[i] for n, t in b.items()}) for i in each_task)
+        else:
+            errors = [_error(a, b)] if b else []
+        allowed = most if len(errors) > 1 else each
+        if errors and not (errors[(len(errors) - 1) // 2] <= allowed and errors[-1] <= each):
             raise ValueError(f"what is recorded is off by {errors[-1]:.1e} of its norm")
 
 
@@ -284,10 +299,6 @@ def _parts(result: Any) -> list[Tree]:
     parts = result if isinstance(result, tuple) else (result,)
     leaves = ([t for t in tree_flatten(part)[0] if t.is_floating_point() and t.dim()] for part in parts)
     return [{str(n): t.double() for n, t in enumerate(part)} for part in leaves]
-
-
-def _tasks(part: Tree) -> range:
-    return range(len(next(iter(part.values()), ())))
 
 
 def _error(found: Tree, expected: Tree) -> float:

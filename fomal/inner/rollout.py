@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomal import tree
+from fomal.checks import settings
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan
 from fomal.inner.objective import Objective
@@ -204,6 +205,32 @@ class InnerLoop:
                 displacement = tree.scaled(tree.subtract(after, before), weight)
                 combination = tree.add(combination, displacement) if combination else displacement
         return Trajectory(end, state, torch.cat(losses), combination)
+
+    def recorded(
+        self, name: Any, run: Callable[[InnerLoop, Tree], tuple[Tree, Trajectory]], start: Tree
+    ) -> tuple[Tree, Trajectory]:
+        """`run(self, start)`, recorded as one function where the objective records.
+
+        Args:
+            name: tells what `run` does, with all that it depends on beside its arguments.
+            run: from inner loops and an initialisation to a gradient and the trajectory.
+            start: the initialisation.
+        """
+        if self.optimizer.for_tasks(self.episode.seed, self.episode.split, self.episode.number) is not self.optimizer:
+            return run(self, start)  # with noise of these episodes
+
+        def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Tensor) -> tuple[Any, ...]:
+            fields = ("support_x", "support_y", "query_x", "query_y")
+            tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))  # type: ignore[arg-type]
+            inner = replace(self, objective=self.objective.as_written(), state=state, plan=plan, episode=tasks)
+            gradient, trajectory = run(inner, start)
+            return gradient, *trajectory
+
+        settled = (name, settings(self.optimizer), self.replicas, self.adapted, self.episode.ways)
+        episode = self.episode
+        tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+        gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)
+        return gradient, Trajectory(*parts)
 
     def query_gradients(self, params: Tree) -> Tree:
         """Each task's gradient of the query loss at its own stacked parameters."""

@@ -24,8 +24,7 @@ NO_OUTPUT_PADDING = (False, (0, 0))  # not a transposed convolution
 class StackedOperations(TorchFunctionMode):
     """Within it, 2-d convolution, batch norm, max-pooling and zero padding of images have the rules below.
 
-    What is called in another form (strings for the padding, other dimensions) runs as it would without. First
-    derivatives only: use it to record a gradient, not under a second derivative.
+    What is called in another form (strings for the padding, other dimensions) runs as it would without.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,7 +181,26 @@ class _ConvolutionBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no second derivative."""
+        *tensors, stride, padding, dilation, groups, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.settings = stride, padding, dilation, groups
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """A convolution is linear in images and in weights, so its own forms are all there is to it."""
+        gradient, x, weight = ctx.saved_tensors
+        by_x, by_weight = gradients
+        found: list[Any] = [None, None, None]
+        if by_x is not None:
+            found[0] = _Convolution.apply(by_x, weight, *ctx.settings)
+            found[2] = _ConvolutionBackward.apply(gradient, by_x, weight, *ctx.settings, [False, True])[1]
+        if by_weight is not None:
+            more = _Convolution.apply(x, by_weight, *ctx.settings)
+            found[0] = more if found[0] is None else found[0] + more
+            if ctx.needs_input_grad[1]:
+                found[1] = _ConvolutionBackward.apply(gradient, x, by_weight, *ctx.settings, [True, False])[0]
+        return *found, *[None] * 5
 
     @staticmethod
     def vmap(info: Any, dims: Any, gradient: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> Any:
@@ -233,7 +251,16 @@ class _BatchNormBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no second derivative."""
+        gradient, x, weight, _, _, ctx.eps = inputs
+        ctx.save_for_backward(gradient, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        def written_out(gradient: Tensor, x: Tensor, weight: Tensor) -> Any:
+            return _batch_norm_backward(gradient, x, weight, ctx.eps)
+
+        pull: Any = torch.func.vjp(written_out, *ctx.saved_tensors)[1]
+        return *pull(gradients), None, None, None
 
     @staticmethod
     def vmap(
@@ -244,6 +271,18 @@ class _BatchNormBackward(Function):
         flat = (_flat(t, dim, tasks) for t, dim in zip((weight, mean, rstd), dims[2:5], strict=True))
         by_x, by_weight, by_bias = _BatchNormBackward.apply(gradient, x, *flat, eps)
         return (_split(by_x, tasks), by_weight.view(tasks, -1), by_bias.view(tasks, -1)), (1, 0, 0)
+
+
+def _batch_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of batch norm by x (B, C, H, W), scale and shift, in operations with derivatives of their own."""
+    axes = [0, 2, 3]
+    apart = x - x.mean(axes, keepdim=True)
+    rstd = (apart.square().mean(axes, keepdim=True) + eps).rsqrt()
+    normal = apart * rstd
+    by_weight, by_bias = (gradient * normal).sum(axes), gradient.sum(axes)
+    count = x.numel() // x.shape[1]
+    means = (by_bias.view(-1, 1, 1) + normal * by_weight.view(-1, 1, 1)) / count
+    return weight.view(-1, 1, 1) * rstd * (gradient - means), by_weight, by_bias
 
 
 class _Pad(Function):
@@ -298,7 +337,12 @@ class _MaxPoolBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: there is no second derivative."""
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return gradients[0].flatten(2).gather(2, index.flatten(2)).view(index.shape), None, None, None
 
     @staticmethod
     def vmap(info: Any, dims: Any, gradient: Tensor, x: Tensor, index: Tensor, window: Any) -> Any:

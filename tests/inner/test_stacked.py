@@ -38,10 +38,15 @@ def check(function: Any, plain: Any, tensors: list[Tensor], dims: tuple[int | No
         [t if d is None else t.select(d, task) for t, d in zip(tensors, dims, strict=True)] for task in range(TASKS)
     ]
     near(vmap(function, in_dims=dims)(*tensors), torch.stack([plain(*args) for args in alone]))
-    found = vmap(grad(weighted(function), places), in_dims=dims)(*tensors)
-    expected = [grad(weighted(plain), places)(*args) for args in alone]
-    for place in places:
-        near(found[place], torch.stack([gradients[place] for gradients in expected]))
+
+    def bent(fn: Any) -> Any:  # the squared norm of the gradients, whose gradient has second derivatives in it
+        return lambda *args: sum(g.square().sum() for g in grad(weighted(fn), places)(*args))
+
+    for derive in (weighted, bent):
+        found = vmap(grad(derive(function), places), in_dims=dims)(*tensors)
+        expected = [grad(derive(plain), places)(*args) for args in alone]
+        for place in places:
+            near(found[place], torch.stack([gradients[place] for gradients in expected]))
 
 
 SETTINGS = [
