@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fomal.data.episode import Episode
 from fomal.data.sampler import minibatch_plan
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer
+from fomal.inner.recorded import Recorder
 from fomal.inner.rollout import InnerLoop
 from fomal.models import Conv4
 
@@ -42,6 +43,24 @@ def omniglot_root() -> Path:
 def cifar_root() -> Path:
     """A hundred images of each class of CIFAR-FS, as a zip."""
     return shared_data("cifar_fs") / "cifar_fs_100.zip"
+
+
+RECORD = Recorder.__call__
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_written() -> Iterator[None]:
+    """Record nothing in this process: each shape takes seconds, and most tests have shapes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "__call__", lambda self, name, function, *args: function(*args))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in tests marked so."""
+    if "recorded" in request.keywords:
+        monkeypatch.setattr(Recorder, "__call__", RECORD)
 
 
 class SmallConv(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from fomal.models import MLP, Conv4
 from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile
 from fomal.tree import difference
 from tests.test_learner import Blobs, assert_same, blob_learner, trainer, weights
+
+pytestmark = pytest.mark.recorded
 
 TASKS, BATCH = 3, 4
 
@@ -128,6 +131,22 @@ def test_a_recorded_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -
         torch.testing.assert_close(quick[name], value, rtol=1e-8, atol=1e-9)
     close(quick_state, state, torch.float64)
     assert quick_figures == pytest.approx(figures, rel=1e-6)
+
+
+def test_a_recorded_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
+    def fitted(steps: int, ckpt_path: Path | None = None) -> Any:
+        learner = blob_learner(FOMAML(tail_shots=1), Adam(0.01), outer_final=1.0)
+        run = trainer(steps)
+        run.fit(learner, datamodule=Blobs(), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "last.ckpt")
+        return learner
+
+    whole = fitted(4)
+    fitted(2)
+    resumed = fitted(4, tmp_path / "last.ckpt")
+    assert resumed.objective.recorder._recordings
+    assert_same(weights(resumed), weights(whole))
+    assert_same(resumed.carried["second_moment"], whole.carried["second_moment"])
 
 
 def test_every_autocast_and_mode_has_a_recording_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
