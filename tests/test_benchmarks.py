@@ -11,12 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fomal import captured
 from fomal.models import MLP, Conv4
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import machine, measure
+from tests.benchmarks import machine, measure, memory, ours, precision
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.peers.jax import Layout
-from tests.benchmarks.works import KINDS, WORKS, RandomImages
+from tests.benchmarks.works import KINDS, RUN_AS, WORKS, RandomImages
+from tests.recording import tape
 
 
 def small(channels: int, size: int, downsample: str):
@@ -116,7 +118,7 @@ def test_the_figures(run, capsys) -> None:
     assert found["machine"]["copy_bytes_per_second"] > 1e8
     assert timed["stride", "evaluation"]["tasks"] == 2
     said = capsys.readouterr().out
-    assert "not offered: sine, evaluation, loop: the two protocols" in said
+    assert "not offered: sine, evaluation, recorded, loop: the two protocols" in said
     assert all(word in said for word in ("peer / fomal", "GFLOP/s", "stride"))
 
 
@@ -152,7 +154,7 @@ def test_what_differs_is_not_timed(run, monkeypatch, capsys) -> None:
     assert row["status"] == "differs"
     assert row["difference"]["float64"] == pytest.approx(1e-3, rel=0.01)
     assert "peer_over_fomal" not in row
-    assert "differs: sine, maml, loop" in capsys.readouterr().out
+    assert "differs: sine, maml, recorded, loop" in capsys.readouterr().out
 
 
 def test_a_peer_that_fails_is_named(run, monkeypatch) -> None:
@@ -175,3 +177,104 @@ def test_rounds_alternate(monkeypatch) -> None:
 
 def test_the_loop_does_everything() -> None:
     assert set(PEERS["loop"].optimizers) == set(KINDS)
+
+
+def test_ways_to_run(run, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
+    rows = run("--works", "sine", "--rules", "reptile", "--peers", "loop", "--as", "plain", "captured")["rows"]
+    assert [(row["as"], row["status"]) for row in rows] == [("plain", "timed"), ("captured", "timed")]
+    assert all(row["difference"]["float64"] < 1e-9 for row in rows)
+    assert "captured" in capsys.readouterr().out
+
+
+def test_a_captured_training_is_that_of_the_loop(monkeypatch) -> None:
+    monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
+    pair = measure.sides(replace(SMALL["sine"], run_as="captured"), "fit", PEERS["loop"])
+    assert measure.difference(*(side() for side in pair)) < 1e-9
+
+
+@pytest.mark.parametrize("way", RUN_AS)
+def test_ways_are_settings_of_the_learner(way: str) -> None:
+    learner = replace(SMALL["sine"], run_as=way).learner("reptile", "adam")
+    recorder = learner.objective.recorder
+    assert (recorder.is_on, recorder.compiled, learner.cuda_graph) == (
+        way != "plain",
+        way == "compiled",
+        way == "captured",
+    )
+
+
+def test_captured_needs_a_gpu(run) -> None:
+    with pytest.raises(SystemExit, match="no CUDA graphs on cpu"):
+        run("--as", "captured")
+
+
+def test_a_way_that_fomal_leaves_is_not_timed(run, monkeypatch) -> None:
+    class Own(MLP):
+        """Not known to be the same each time."""
+
+    monkeypatch.setitem(command.WORKS, "own", replace(SMALL["sine"], name="own", make_network=Own))
+    plain, recorded = run("--works", "own", "--rules", "reptile", "--peers", "loop", "--as", "plain", "recorded")[
+        "rows"
+    ]
+    assert plain["status"] == "timed"
+    assert recorded["status"] == "failed"
+    assert "fomal does not run recorded: Own is not a module" in recorded["reason"]
+
+
+@pytest.mark.parametrize("way", ["recorded", "captured"])
+def test_the_trainers_share(way: str, run, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
+    found = run("--works", "sine", "--rules", "trainer", "--as", way)["trainer"]
+    assert [row["meta_iterations_per_step"] for row in found] == [1, 10]
+    for row in found:
+        assert row["status"] == "timed"
+        assert row["difference"]["float64"] < 1e-12
+        assert row["share"]["low"] >= row["fit_seconds"]["low"] / row["bare_seconds"]["high"] - 1
+        assert row["share"]["high"] <= row["fit_seconds"]["high"] / row["bare_seconds"]["low"] - 1
+    assert "Trainer's share" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("per_step", "begin", "end"), [(1, 4, 27), (10, 10, 40)])
+def test_time_within_a_training(per_step: int, begin: int, end: int, monkeypatch) -> None:
+    now = iter([100.0, 160.0])
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: next(now))
+    stamps = ours.Stamps(replace(SMALL["sine"], per_step=per_step, fit_iterations=23))
+    for done in range(per_step, end + 1, per_step):
+        stamps.note(done)
+    assert (stamps.begin, stamps.end) == (begin, end)
+    assert stamps.seconds() == pytest.approx(60 / (end - begin))
+
+
+def test_replicas(run, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
+    found = run("--works", "sine", "--rules", "replicas", "--replicas", "2", "--as", "recorded", "captured")
+    row, graphs = found["replicas"]
+    assert row["status"] == "timed"
+    assert row["difference"]["float64"] < 1e-9
+    assert row["joint_over_one"]["low"] * row["all_over_joint"]["high"] == pytest.approx(2)
+    assert (graphs["status"], graphs["reason"]) == ("not offered", "cuda_graph does not capture replicas")
+    assert "one by one / joint" in capsys.readouterr().out
+
+
+def test_sixteen_bits(run, monkeypatch, capsys) -> None:
+    args = ("--works", "sine", "--rules", "reptile", "fit", "--precision", "bf16")
+    found = run(*args)
+    assert found["rows"] == []
+    assert [row["status"] for row in found["precision"]] == ["timed", "timed"]
+    assert all(1e-4 < row["difference"]["bfloat16"] < 0.5 for row in found["precision"])  # autocast was on
+    assert "32-bit / bf16" in capsys.readouterr().out
+    monkeypatch.setattr(precision, "TOLERANCE", 1e-5)
+    assert {row["status"] for row in run(*args)["precision"]} == {"differs"}
+
+
+def test_memory(run, capsys) -> None:
+    rows = run("--works", "sine", "--rules", "memory", "--as", "recorded", "compiled")["memory"]
+    timed = {row["outer_rule"]: row["peak_bytes"] for row in rows if row["status"] == "timed"}
+    assert set(timed) == {"reptile", "fomaml", "query_fomaml"}
+    losses = 2 * 45 * 25 * 4  # of 45 steps more and 25 tasks, one by one and joined: all that is kept of a step
+    assert all(0 < peaks["5"] <= peaks["50"] <= peaks["5"] + losses for peaks in timed.values())
+    assert [row["as"] for row in rows if row["status"] == "not offered"] == ["compiled"] * 3
+    few, many = (memory.peak(replace(SMALL["stride"], inner_steps=steps), "maml", "sgd") for steps in (2, 8))
+    assert many > 2 * few  # which keeps every step
+    assert "50 steps MiB" in capsys.readouterr().out

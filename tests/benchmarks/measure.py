@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ WARM_UP = 2  # rounds that do not count
 
 Run = Callable[[], dict[str, Tensor]]
 
+FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, ImportError, FloatingPointError)
+"""Of an old peer, of memory, or of a way to run that cannot be had."""
+
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The norm of the difference of two updates over the norm of the second."""
@@ -43,9 +47,10 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def sides(work: Work, kind: str, peer: Peer) -> tuple[Run, Run]:
-    """fomal's and the peer's, ready to run."""
-    return ours.prepare(work, kind, peer.optimizers[kind]), peer.prepare(work, kind)
+def sides(work: Work, kind: str, peer: Peer, prepare: Callable[..., Run] | None = None) -> tuple[Run, Run]:
+    """fomal's and the peer's, ready to run; `prepare` is the peer's, which does not depend on how fomal runs."""
+    theirs = (prepare or peer.prepare)(replace(work, run_as="recorded"), kind)
+    return ours.prepare(work, kind, peer.optimizers[kind]), theirs
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -53,16 +58,26 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def alternate(pair: tuple[Run, Run], rounds: int, device: str) -> tuple[list[float], list[float]]:
-    """Seconds of both, in turn; who begins changes from round to round."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(WARM_UP + rounds):
-        for side in (0, 1) if number % 2 == 0 else (1, 0):
-            started = time.perf_counter()
-            pair[side]()
-            ours.synchronise(device)
-            seconds[side].append(time.perf_counter() - started)
-    return seconds[0][WARM_UP:], seconds[1][WARM_UP:]
+def alternate(sides: Sequence[Run], rounds: int, device: str) -> list[list[float]]:
+    """Seconds of each, in turn."""
+
+    def seconds(run: Run) -> float:
+        started = time.perf_counter()
+        run()
+        ours.synchronise(device)
+        return time.perf_counter() - started
+
+    return [found[WARM_UP:] for found in in_turn([partial(seconds, run) for run in sides], WARM_UP + rounds)]
+
+
+def in_turn(clocks: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """What each returns, round by round; every second round goes backwards."""
+    found: list[list[float]] = [[] for _ in clocks]
+    places = range(len(clocks))
+    for number in range(rounds):
+        for place in places if number % 2 == 0 else reversed(places):
+            found[place].append(clocks[place]())
+    return found
 
 
 def operations(work: Work, kind: str) -> int:
@@ -74,39 +89,59 @@ def operations(work: Work, kind: str) -> int:
     return int(counter.get_total_flops()) * (work.fit_iterations if kind == "fit" else 1)
 
 
-def compare(work: Work, kind: str, peer: Peer, rounds: int, peak: float) -> dict[str, Any]:
-    """One row.
+def attempt(
+    row: dict[str, Any], work: Work, kind: str, run: Callable[[], dict[str, Any]], reason: str | None = None
+) -> dict[str, Any]:
+    """The row with what `run` finds, or with why there is nothing."""
+    reason = work.without(kind) or reason
+    if reason is not None:
+        return {**row, "status": "not offered", "reason": reason}
+    try:
+        return {**row, **run()}
+    except FAILURES as error:
+        message = (str(error).splitlines() or [""])[0]
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {message}"}
+
+
+def compare(
+    work: Work, kind: str, peer: Peer, run_as: Sequence[str], rounds: int, peak: float
+) -> Iterator[dict[str, Any]]:
+    """A row for each way in which fomal runs.
 
     Args:
         work: the work.
         kind: what of it.
-        peer: another way to do it.
+        peer: another way to do it, which is made ready once.
+        run_as: the ways.
         rounds: how often.
         peak: the machine's rate of matrix products, in operations per second.
 
     Returns:
-        Work, rule, peer and status; where that is "timed" or "differs", the relative differences too; where it is
+        Work, rule, way, peer and status; where that is "timed" or "differs", the relative differences too; where it is
         "timed", `figures`; otherwise the reason.
     """
-    row: dict[str, Any] = {"work": work.name, "rule": kind, "peer": peer.name}
-    reason = work.without(kind)
-    if reason is None and kind not in peer.optimizers:
-        reason = "the peer has no such form"
-    if reason is not None:
-        return {**row, "status": "not offered", "reason": reason}
-    row["optimizer"] = peer.optimizers[kind]
-    row["difference"] = {}
-    try:
-        for dtype in PRECISIONS:
-            pair = sides(replace(work, dtype=dtype, fit_iterations=CHECKED_ITERATIONS), kind, peer)
-            apart = row["difference"][str(dtype).removeprefix("torch.")] = difference(pair[0](), pair[1]())
-            if not apart <= tolerance(dtype):
-                return {**row, "status": "differs", "reason": "the updates are not the same: not timed"}
-        mine, theirs = alternate(sides(work, kind, peer) if kind == "fit" else pair, rounds, work.device)
-    except (RuntimeError, TypeError, AttributeError, ValueError, ImportError) as error:  # of an old peer, or of memory
-        message = (str(error).splitlines() or [""])[0]
-        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {message}"}
-    return {**row, "status": "timed", **figures(work, kind, mine, theirs, peak)}
+    prepare = cache(peer.prepare)
+    for way in run_as:
+        made = replace(work, run_as=way)
+        row = {"work": work.name, "rule": kind, "as": way, "peer": peer.name}
+        reason = None if kind in peer.optimizers else "the peer has no such form"
+        yield attempt(row, made, kind, partial(pair_row, made, kind, peer, prepare, rounds, peak), reason)
+
+
+def pair_row(
+    work: Work, kind: str, peer: Peer, prepare: Callable[..., Run], rounds: int, peak: float
+) -> dict[str, Any]:
+    """Check that the two compute the same, then time them."""
+    found: dict[str, Any] = {"optimizer": peer.optimizers[kind], "difference": {}}
+    for dtype in PRECISIONS:
+        pair = sides(replace(work, dtype=dtype, fit_iterations=CHECKED_ITERATIONS), kind, peer, prepare)
+        apart = found["difference"][str(dtype).removeprefix("torch.")] = difference(pair[0](), pair[1]())
+        if not apart <= tolerance(dtype):
+            return {**found, "status": "differs", "reason": "the updates are not the same: not timed"}
+    if kind == "fit":
+        pair = sides(work, kind, peer, prepare)
+    mine, theirs = alternate(pair, rounds, work.device)
+    return {**found, "status": "timed", **figures(work, kind, mine, theirs, peak)}
 
 
 def figures(work: Work, kind: str, mine: list[float], theirs: list[float], peak: float) -> dict[str, Any]:

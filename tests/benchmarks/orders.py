@@ -14,25 +14,24 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fomal import tree
-from fomal.data.sampler import minibatch_plan
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.inner.rollout import InnerLoop
 from fomal.outer import MAML, BinomialMAML, OuterRule, TruncatedMAML
-from tests.benchmarks.step import problem
+from tests.benchmarks.works import WORKS
 
 
 def setting(steps: int) -> tuple[InnerLoop, tree.Tree]:
-    network, episode = problem(5)
-    episode = episode._replace(query_x=episode.support_x[:, ::2], query_y=episode.support_y[:, ::2])
+    work = replace(WORKS["omniglot_5way"], inner_steps=steps)
+    network, episode = work.network(), work.episode("maml")
     phi = tree.detach(dict(network.named_parameters()))
-    plan = minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], steps, 10)
-    return InnerLoop(Objective(network, True), SGD(0.01), {}, plan, episode), phi
+    return InnerLoop(Objective(network, True), SGD(0.01), {}, work.plan("maml", episode), episode), phi
 
 
 def seconds(rule: OuterRule, inner: InnerLoop, phi: tree.Tree) -> float:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-HEAD = ("work", "rule", "inner", "peer", "fomal ms", "peer ms", "peer / fomal", "GFLOP/s", "of peak", "tasks/s")
+HEAD = ("work", "rule", "as", "inner", "peer", "fomal ms", "peer ms", "peer / fomal", "GFLOP/s", "of peak", "tasks/s")
+PARTS: dict[str, tuple[str, ...]] = {
+    "precision": ("work", "rule", "as", "apart", "bf16 ms", "32-bit ms", "32-bit / bf16", "loop / bf16"),
+    "trainer": ("work", "as", "per step", "fit ms", "bare ms", "Trainer's share"),
+    "replicas": ("work", "as", "replicas", "joint ms", "one ms", "joint / one", "one by one / joint"),
+    "memory": ("work", "rule", "as", "5 steps MiB", "50 steps MiB"),
+}
+"""What has no peer, and its columns; ms are of a meta-iteration or, of evaluation and fit, of the whole."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -15,23 +23,34 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads: matrix products {products:.1f} GFLOP/s, "
         f"copy {copied:.1f} GB/s; {result['rounds']} rounds, median (range)",
         "; ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        *aligned([HEAD, *(cells(row) for row in result["rows"] if row["status"] == "timed")]),
     ]
-    lines += [f"absent: {name}: {reason}" for name, reason in result["absent"].items()]
-    for row in result["rows"]:
+    for part, head in {"rows": HEAD, **PARTS}.items():
+        timed = [row for row in result[part] if row["status"] == "timed"]
+        if timed:
+            lines += ["", *aligned([head, *(CELLS[part](row) for row in timed)])]
+    lines += ["", *(f"absent: {name}: {reason}" for name, reason in result["absent"].items())]
+    for row in (row for part in ("rows", *PARTS) for row in result[part]):
         if row["status"] not in ("timed", "absent"):
             apart = ", ".join(f"{value:.1e} in {dtype}" for dtype, value in row.get("difference", {}).items())
+            names = (str(row[name]) for name in NAMES if name in row)
             lines.append(
-                f"{row['status']}: {row['work']}, {row['rule']}, {row['peer']}: {row['reason']}"
-                + (f" ({apart} apart)" if apart else "")
+                f"{row['status']}: {', '.join(names)}: {row['reason']}" + (f" ({apart} apart)" if apart else "")
             )
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
+def named(row: dict[str, Any]) -> str:
+    """What a row is of."""
+    return ", ".join(str(row[name]) for name in NAMES if name in row)
+
+
+NAMES = ("work", "rule", "as", "precision", "peer", "meta_iterations_per_step", "replicas", "outer_rule")
+
+
+def of_pair(row: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     return (
-        *(row[name] for name in ("work", "rule", "optimizer", "peer")),
+        *(row[name] for name in ("work", "rule", "as", "optimizer", "peer")),
         ranged(row["fomal_seconds"], 1e3),
         ranged(row["peer_seconds"], 1e3),
         ranged(row["peer_over_fomal"], 1),
@@ -39,6 +58,54 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['fomal_share_of_peak']:.0%}",
         f"{row['fomal_tasks_per_second']:.0f}",
     )
+
+
+def of_precision(row: dict[str, Any]) -> tuple[str, ...]:
+    """Likewise."""
+    return (
+        *(row[name] for name in ("work", "rule", "as")),
+        f"{row['difference']['bfloat16']:.1e}",
+        *(ranged(row[name], 1e3) for name in ("bf16_seconds", "wide_seconds")),
+        *(ranged(row[name], 1) for name in ("wide_over_bf16", "loop_over_bf16")),
+    )
+
+
+def of_trainer(row: dict[str, Any]) -> tuple[str, ...]:
+    """Likewise; the share is of the bare loop's time."""
+    share = [f"{100 * row['share'][name]:.1f} %" for name in ("median", "low", "high")]
+    return (
+        *(row[name] for name in ("work", "as")),
+        str(row["meta_iterations_per_step"]),
+        *(ranged(row[name], 1e3) for name in ("fit_seconds", "bare_seconds")),
+        f"{share[0]} ({share[1]} to {share[2]})",
+    )
+
+
+def of_replicas(row: dict[str, Any]) -> tuple[str, ...]:
+    """Likewise."""
+    return (
+        *(row[name] for name in ("work", "as")),
+        str(row["replicas"]),
+        *(ranged(row[name], 1e3) for name in ("joint_seconds", "one_seconds")),
+        *(ranged(row[name], 1) for name in ("joint_over_one", "all_over_joint")),
+    )
+
+
+def of_memory(row: dict[str, Any]) -> tuple[str, ...]:
+    """Likewise."""
+    return (
+        *(row[name] for name in ("work", "outer_rule", "as")),
+        *(digits(n / 2**20) for n in row["peak_bytes"].values()),
+    )
+
+
+CELLS: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
+    "rows": of_pair,
+    "precision": of_precision,
+    "trainer": of_trainer,
+    "replicas": of_replicas,
+    "memory": of_memory,
+}
 
 
 def ranged(values: dict[str, float], scale: float) -> str:

@@ -30,6 +30,14 @@ RULES: dict[str, Callable[[], OuterRule]] = {
 KINDS = (*RULES, "evaluation", "fit")
 """What is run: one meta-iteration of a rule, the evaluation of a batch of tasks, or Reptile's whole training."""
 
+RUN_AS: dict[str, dict[str, bool]] = {
+    "plain": {"recorded": False},
+    "recorded": {},
+    "compiled": {"compiled": True},
+    "captured": {"cuda_graph": True},
+}
+"""How fomal runs, as settings of the learner; "captured" also has `data.on_device` where tasks are drawn."""
+
 CLASSES = 40
 
 
@@ -63,7 +71,9 @@ class Work:
         fit_iterations: meta-iterations of a whole training.
         adam_lr: step size of Adam (beta1 = 0).
         sgd_lr: step size of SGD.
-        compiled: whether fomal compiles its recordings.
+        run_as: how fomal runs.
+        bf16: whether fomal runs under autocast to bfloat16.
+        per_step: meta-iterations per step of the Trainer.
     """
 
     name: str
@@ -78,18 +88,21 @@ class Work:
     eval_inner_steps: int = 50
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    compiled: bool = False
+    run_as: str = "recorded"
+    bf16: bool = False
+    per_step: int = 1
 
     @cached_property
     def data(self) -> EpisodeDataModule:
         """The data, loaded."""
         data = self.make_data()
+        data.on_device = self.run_as == "captured"
         data.setup("fit")
         return data
 
-    def network(self) -> nn.Module:
+    def network(self, seed: int = 0) -> nn.Module:
         """The network, with the same weights each time."""
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return self.make_network().to(self.device, self.dtype)
 
     def prepared(self, kind: str, number: torch.Tensor) -> Episode:
@@ -114,10 +127,10 @@ class Work:
         """Adam with beta1 = 0, or SGD."""
         return Adam(self.adam_lr) if optimizer == "adam" else SGD(self.sgd_lr)
 
-    def learner(self, kind: str, optimizer: str) -> MetaLearner:
+    def learner(self, kind: str, optimizer: str, seed: int = 0) -> MetaLearner:
         """fomal's learner of this work."""
         return MetaLearner(
-            self.network(),
+            self.network(seed),
             RULES.get(kind, Reptile)(),
             self.optimizer(optimizer),
             inner_steps=self.inner_steps,
@@ -125,13 +138,18 @@ class Work:
             inner_state="reset",  # a peer has no other
             eval_inner_steps=self.eval_inner_steps,
             eval_inner_batch_size=self.eval_inner_batch_size,
-            compiled=self.compiled,
+            meta_iterations_per_step=self.per_step,
+            **RUN_AS[self.run_as],
         )
 
     def without(self, kind: str) -> str | None:
         """Why this work has no such kind; None where it has."""
         if kind == "evaluation" and isinstance(self.data, SinusoidDataModule):
             return "the two protocols of evaluation are those of classification"
+        if self.run_as == "captured" and kind in ("evaluation", "replicas"):
+            return f"cuda_graph does not capture {kind}"
+        if self.run_as in ("compiled", "captured") and kind == "memory":
+            return f"what is {self.run_as} takes its memory unseen"
         return None
 
 
