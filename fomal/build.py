@@ -102,7 +102,7 @@ def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, An
             raise ValueError(f"replicas={replicas} must be 2 or more, or null for a run alone.")
         replicas = [{"seed_everything": int(config["seed_everything"]) + place} for place in range(replicas)]
     if len(replicas) < 2:
-        raise ValueError(f"replicas has {len(replicas)} entry: give two or more, or null for a run alone.")
+        raise ValueError(f"replicas={replicas} has fewer than 2 entries: give more, or null for a run alone.")
     return [_varied(config, changes) for changes in replicas]
 
 
@@ -116,13 +116,14 @@ def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         if name not in VARIED:
             raise ValueError(f"replicas: {name} cannot differ between them: use {', '.join(VARIED)}.")
         kind = int if name == "seed_everything" else float
-        if isinstance(value, bool) or not isinstance(value, int | kind):
-            raise ValueError(f"replicas: {name}={value!r} must be {'an integer' if kind is int else 'a number'}.")
+        if isinstance(value, bool) or not isinstance(value, int | kind) or value < 0:
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"replicas: {name}={value!r} must be {what}, not negative.")
         *sections, setting = name.split(".")
         inside = varied
         for section in sections:
             inside = inside[section]
-        if sections and not isinstance(inside.get("init_args"), dict):
+        if sections and "init_args" not in (inside or {}):
             raise ValueError(f"replicas: {name} needs {'.'.join(sections)} with its class_path in the configuration.")
         inside.get("init_args", inside)[setting] = kind(value)
     varied["data"].get("init_args", {}).pop("seed", None)  # it follows seed_everything

@@ -95,8 +95,8 @@ def _trainer_settings(trainer: dict[str, Any], folder: Path, place: int, logs: b
     if not logs:
         own["default_root_dir"] = str(folder / replica_folder(place))
     for callback in own.get("callbacks") or []:
-        if str(callback.get("class_path")).endswith(".SaveLast"):
-            callback.get("init_args", {}).pop("dirpath", None)
+        if str(callback.get("class_path")).endswith(".SaveLast") and "init_args" in callback:
+            callback["init_args"]["dirpath"] = None  # that of all
     return own
 
 
