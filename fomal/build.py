@@ -88,19 +88,21 @@ def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, An
     """The configurations of several runs, from that of all.
 
     Args:
-        config: of all; its seed is an integer.
+        config: of all.
         replicas: their number, for the seeds seed_everything, seed_everything + 1, ...; or for each the settings that
             differ, by their names on the command line (see `VARIED`).
 
     Raises:
-        ValueError: naming the setting, for others than seeds and step sizes.
+        ValueError: naming the setting, for others than seeds and step sizes, and for a seed that is none.
     """
+    if isinstance(config["seed_everything"], bool):
+        raise ValueError("seed_everything=false leaves the weights to chance: give replicas a seed, or true.")
     if isinstance(replicas, int):
         if replicas < 2:
             raise ValueError(f"replicas={replicas} must be 2 or more, or null for a run alone.")
         replicas = [{"seed_everything": int(config["seed_everything"]) + place} for place in range(replicas)]
     if len(replicas) < 2:
-        raise ValueError(f"replicas has {len(replicas)} entry: give two or more, or null for a run alone.")
+        raise ValueError(f"replicas={replicas} has fewer than 2 entries: give more, or null for a run alone.")
     return [_varied(config, changes) for changes in replicas]
 
 
@@ -113,15 +115,17 @@ def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     for name, value in changes.items():
         if name not in VARIED:
             raise ValueError(f"replicas: {name} cannot differ between them: use {', '.join(VARIED)}.")
-        parts = name.split(".")
-        inside = varied
-        for part in parts[:-1]:
-            inside = inside[part]
-        inside = inside.get("init_args", inside)
         kind = int if name == "seed_everything" else float
-        if isinstance(value, bool) or not isinstance(value, int | kind):
-            raise ValueError(f"replicas: {name}={value!r} must be {'an integer' if kind is int else 'a number'}.")
-        inside[parts[-1]] = kind(value)
+        if isinstance(value, bool) or not isinstance(value, int | kind) or value < 0:
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"replicas: {name}={value!r} must be {what}, not negative.")
+        *sections, setting = name.split(".")
+        inside = varied
+        for section in sections:
+            inside = inside[section]
+        if sections and "init_args" not in (inside or {}):
+            raise ValueError(f"replicas: {name} needs {'.'.join(sections)} with its class_path in the configuration.")
+        inside.get("init_args", inside)[setting] = kind(value)
     varied["data"].get("init_args", {}).pop("seed", None)  # it follows seed_everything
     return varied
 

@@ -497,6 +497,8 @@ class MetaLearner(L.LightningModule):
         if "fomal" not in checkpoint:
             raise ValueError("ckpt_path is not a checkpoint of fomal's MetaLearner: it has no entry 'fomal'.")
         saved = checkpoint["fomal"]
+        if "replicas" in saved:
+            raise ValueError(REPLICAS_GIVEN)
         resuming = self._trainer is not None and self.trainer.state.fn == "fit"
         if resuming and self.outer_schedule is None and self.outer_final != 1:
             before, now = saved["max_steps"], self.trainer.max_steps
@@ -507,3 +509,6 @@ class MetaLearner(L.LightningModule):
                 )
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+
+REPLICAS_GIVEN = "the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say."

@@ -82,4 +82,5 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     else:  # Abramowitz & Stegun 26.7.5
         z = _NORMAL
         quantile = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))

@@ -38,12 +38,13 @@ class Replicas(L.LightningModule):
     """R learners trained at once: the inner loops of all their tasks are one, and data and launches are shared.
 
     Each is the run that it would be alone, up to rounding: with its own tasks (`ReplicatedDataModule`), carried state,
-    outer optimiser and schedule. What is logged here are means over the replicas; `figures` has each one's own. A
-    replica whose values become infinite or NaN stops, with one line, and the others go on.
+    outer optimiser and schedule. Networks that draw random numbers (dropout) draw others. What is logged here are means
+    over the replicas; `figures` has each one's own. A replica whose values become infinite or NaN stops, with one line,
+    and the others go on.
 
     Args:
-        learners: with one architecture and one rule; seeds, and the step sizes of the inner and the outer optimisers,
-            may differ. All parameters are learnt and adapted.
+        learners: two or more, with one architecture and one rule; seeds, and the step sizes of the inner and the outer
+            optimisers, may differ. All parameters are learnt and adapted.
 
     Attributes:
         figures: for each replica what was logged last, to be written by a callback.
@@ -72,6 +73,10 @@ class Replicas(L.LightningModule):
     def __iter__(self) -> Any:
         """The learners."""
         return iter(self.learners)
+
+    def running(self) -> list[tuple[int, MetaLearner]]:
+        """The learners that have not stopped, with their places."""
+        return [(place, learner) for place, learner in enumerate(self) if place not in self.stopped]
 
     # -- training
 
@@ -138,9 +143,10 @@ class Replicas(L.LightningModule):
 
     def _log_each(self, figures: list[dict[str, Any]]) -> None:
         """Keep each replica's figures for its own log, and log their means."""
-        self.figures = figures
-        running = [own for place, own in enumerate(figures) if place not in self.stopped]
-        self.log_dict({name: sum(float(own[name]) for own in running) / len(running) for name in running[0]})
+        # A number becomes what Lightning would make of it in the log of a run alone.
+        self.figures = [{name: torch.as_tensor(value) for name, value in own.items()} for own in figures]
+        running = [own for place, own in enumerate(self.figures) if place not in self.stopped]
+        self.log_dict({name: torch.stack([own[name].double() for own in running]).mean() for name in running[0]})
 
     def configure_optimizers(self) -> Any:
         """Each learner's outer optimiser and schedule."""
@@ -156,6 +162,10 @@ class Replicas(L.LightningModule):
     def test_step(self, batch: tuple[Episode, ...], batch_idx: int) -> None:
         """Evaluate a batch of tasks of each replica."""
         self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: tuple[Episode, ...], batch_idx: int) -> list[dict[str, Tensor]]:
+        """For each replica the predictions for its batch of tasks."""
+        return [learner.predict_step(episode, batch_idx) for learner, episode in zip(self, batch, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
@@ -250,22 +260,20 @@ def _on(optimizer: InnerOptimizer, device: torch.device) -> InnerOptimizer:
 
 def _check(learners: Sequence[MetaLearner]) -> None:
     """See `Replicas`."""
+    if len(learners) < 2:
+        raise ValueError(f"replicas are two or more, but learners has {len(learners)} entries.")
+    if len({id(p) for learner in learners for p in learner.network.parameters()}) < sum(
+        len(list(learner.network.parameters())) for learner in learners
+    ):
+        raise ValueError("two replicas share parameters: give each learner a network of its own.")
+    for learner in learners:
+        _check_alone(learner)
     first = learners[0]
-    for name, value in {"adapt": first.adapted, "cuda_graph": first.cuda_graph or None}.items():
-        if value is not None:
-            raise ValueError(f"model.{name} does not work with replicas yet: leave one of the two out.")
-    if first.on_nonfinite != "raise":
-        raise ValueError("model.on_nonfinite=skip_task does not work with replicas: leave one of the two out.")
-    if type(first.inner_optimizer).for_tasks is not InnerOptimizer.for_tasks:
-        raise ValueError(f"{type(first.inner_optimizer).__name__} draws noise by episode, which replicas do not know.")
-    frozen = [name for name, p in first.network.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise ValueError(f"replicas learn all parameters, but {frozen[0]} is frozen: run them one by one.")
     for place, other in enumerate(learners[1:], 1):
         wrong = [name for name in SAME if getattr(first, name) != getattr(other, name)]
         wrong += [] if settings(first.rule) == settings(other.rule) else ["rule"]
         wrong += [] if _but_lr(first) == _but_lr(other) else ["inner_optimizer"]
-        wrong += [] if _shapes(first.network) == _shapes(other.network) else ["network"]
+        wrong += [] if _architecture(first.network) == _architecture(other.network) else ["network"]
         wrong += [] if _same_buffers(first.network, other.network) else ["network's buffers"]
         if wrong:
             raise ValueError(
@@ -273,12 +281,32 @@ def _check(learners: Sequence[MetaLearner]) -> None:
             )
 
 
+def _check_alone(learner: MetaLearner) -> None:
+    """Refuse what a learner has that replicas do not know."""
+    for name, value in {"adapt": learner.adapted, "cuda_graph": learner.cuda_graph or None}.items():
+        if value is not None:
+            raise ValueError(f"model.{name} does not work with replicas yet: leave one of the two out.")
+    if learner.on_nonfinite != "raise":
+        raise ValueError("model.on_nonfinite=skip_task does not work with replicas: leave one of the two out.")
+    optimizer = type(learner.inner_optimizer)
+    if optimizer.for_tasks is not InnerOptimizer.for_tasks:
+        raise ValueError(
+            f"{optimizer.__name__} draws noise by episode, which replicas do not know: use another inner optimiser, or "
+            f"run them one by one."
+        )
+    frozen = [name for name, p in learner.network.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"replicas learn all parameters, but {frozen[0]} is frozen: run them one by one.")
+
+
 def _but_lr(learner: MetaLearner) -> Any:
     return [part for part in settings(learner.inner_optimizer) if not isinstance(part, tuple) or part[0] != "lr"]
 
 
-def _shapes(network: nn.Module) -> Any:
-    return type(network), {name: p.shape for name, p in network.named_parameters()}
+def _architecture(network: nn.Module) -> Any:
+    """What can be seen of what a network computes: its modules with their settings, and the shapes of parameters."""
+    modules = {name: (*settings(module), module.extra_repr()) for name, module in network.named_modules()}
+    return modules, {name: p.shape for name, p in network.named_parameters()}
 
 
 def _same_buffers(a: nn.Module, b: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from fomal.data.episode import Episode
 from fomal.data.image_format import ImageFormat
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer
-from fomal.learner import MetaLearner
+from fomal.learner import REPLICAS_GIVEN, MetaLearner
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.versions import versions
@@ -103,7 +103,7 @@ def image_format_of(checkpoint: str | Path) -> ImageFormat:
 
 def _config(content: dict[str, Any]) -> dict[str, Any]:
     if "replicas" in content["fomal"]:
-        raise ValueError("the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say.")
+        raise ValueError(REPLICAS_GIVEN)
     config: dict[str, Any] = content["fomal"]["config"]
     if not config:
         raise ValueError("the checkpoint was made in Python and has no configuration: give learner= and image_format=.")

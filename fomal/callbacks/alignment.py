@@ -14,6 +14,7 @@ from fomal.callbacks.folder import is_trial
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.learner import MetaLearner
+from fomal.replicas import Replicas
 
 
 class GradientAlignment(Callback):
@@ -34,6 +35,11 @@ class GradientAlignment(Callback):
             raise ValueError(f"tasks={tasks} must be at least 3, and tasks_at_once={tasks_at_once} at least 1.")
         self.tasks, self.tasks_at_once = tasks, tasks_at_once
         self._measured_at = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse replicas before any work."""
+        if isinstance(pl_module, Replicas):
+            raise ValueError("GradientAlignment does not work with replicas: leave one of the two out.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure before the first step."""

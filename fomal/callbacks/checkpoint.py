@@ -85,6 +85,10 @@ class SaveLast(Checkpoint):
         path = self.path(trainer)  # in every process: it broadcasts
         own = [path, path.with_name(PREVIOUS)]
         goes_on = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)).resolve() in [file.resolve() for file in own]
+        if isinstance(self._learner, Replicas):
+            folder = run_folder(trainer)
+            each = [_replica_path(folder, place) for place in range(len(self._learner.learners))]
+            own += [file for last in each for file in (last, last.with_name(PREVIOUS))]
         if trainer.is_global_zero and not goes_on:
             for file in own:
                 keep_earlier(file)
@@ -189,13 +193,17 @@ class SaveLast(Checkpoint):
                     logger.log_checkpoint(path, step, final)
 
 
+def _replica_path(folder: Path, place: int) -> Path:
+    return folder / replica_folder(place) / "checkpoints" / LAST
+
+
 def _save_replicas(path: Path, folder: Path) -> None:
     """Write what each replica would have as a run of its own; that of one that has stopped stays as it is."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for place in range(len(checkpoint["fomal"]["replicas"])):
         if place in checkpoint["fomal"]["stopped"]:
             continue
-        own = folder / replica_folder(place) / "checkpoints" / LAST
+        own = _replica_path(folder, place)
         own.parent.mkdir(parents=True, exist_ok=True)
         unfinished = own.with_name(f".{LAST}.unfinished")
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from fomal.callbacks.figures import aside
 from fomal.callbacks.folder import is_trial, run_folder
+from fomal.callbacks.parts import Part, parts_of
 from fomal.checks import nonnegative, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
@@ -24,7 +23,8 @@ from fomal.plots.episode_grid import draw_episode, is_image
 class EpisodeGrid(Callback):
     """After `fit` on images, draws a validation task, support, queries and predictions: `episode.png`.
 
-    W&B and TensorBoard show it too. Data of another kind, and runs without validation, are left alone.
+    W&B and TensorBoard show it too. Of `Replicas`, each has one in a folder of its own. Data of another kind, and runs
+    without validation, are left alone.
 
     Args:
         task: which validation task.
@@ -52,21 +52,23 @@ class EpisodeGrid(Callback):
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, learner: L.LightningModule) -> None:
-        path = run_folder(trainer) / "episode.png"  # in every process: it broadcasts
-        data: Any = getattr(trainer, "datamodule", None)
+        folder = run_folder(trainer)  # in every process: it broadcasts
         step = trainer.global_step
         if not trainer.is_global_zero or is_trial(trainer) or step == self._drawn_at:
             return
-        validated = any(name.startswith("val/") for name in trainer.callback_metrics)
-        if not validated or not isinstance(learner, MetaLearner) or not isinstance(data, EpisodeDataModule):
-            return
+        if any(name.startswith("val/") for name in trainer.callback_metrics):
+            for part in parts_of(learner, getattr(trainer, "datamodule", None), folder):
+                self._draw_part(trainer, part, step)
+
+    def _draw_part(self, trainer: L.Trainer, part: Part, step: int) -> None:
+        learner, data, path = part.learner, part.data, part.folder / "episode.png"
         episode = data.episodes("val", torch.tensor([self.task]))
         if episode.is_regression or not is_image(episode.support_x) or not episode.query_y.numel():
             return
         self._drawn_at = step
         title = f"Validation task {self.task} after {step:,} meta-iterations"
         draw_episode(path, episode, self._logits(trainer, learner, data, episode), title, self.shown)
-        log_figure(trainer, "episode", path)
+        log_figure(trainer, f"{part.prefix}episode", path)
         if not trainer.validating:
             rank_zero_info(f"A validation task and its predictions are drawn in {path}.")
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.data.datamodule import EpisodeDataModule
+from fomal.callbacks.parts import Part, parts_of
 from fomal.data.episode import Episode
 from fomal.learner import MetaLearner
 from fomal.loggers import log_figure
@@ -36,7 +36,7 @@ def aside(trainer: L.Trainer, learner: L.LightningModule) -> Iterator[None]:
 class AdaptationFigure(Callback):
     """After `fit` on regression tasks of one input, draws how a validation task is learnt: `adaptation.png`.
 
-    W&B and TensorBoard show it too.
+    W&B and TensorBoard show it too. Of `Replicas`, each has one in a folder of its own.
 
     Args:
         steps: after how many inner steps to draw the prediction; 0 is before the first.
@@ -51,20 +51,23 @@ class AdaptationFigure(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, unless the data are of another kind."""
         data = getattr(trainer, "datamodule", None)
-        path = run_folder(trainer) / "adaptation.png"  # in every process: it broadcasts
+        folder = run_folder(trainer)  # in every process: it broadcasts
         if not trainer.is_global_zero or is_trial(trainer):
             return
-        if not isinstance(pl_module, MetaLearner) or not isinstance(data, EpisodeDataModule):
-            return
-        episode = data.episodes("val", torch.tensor([self.task])).to(pl_module.device)
-        episode = data.on_after_batch_transfer(episode, 0)
+        for part in parts_of(pl_module, data, folder):
+            self._draw(trainer, part)
+
+    def _draw(self, trainer: L.Trainer, part: Part) -> None:
+        learner, path = part.learner, part.folder / "adaptation.png"
+        episode = part.data.episodes("val", torch.tensor([self.task])).to(learner.device)
+        episode = part.data.on_after_batch_transfer(episode, 0)
         if not episode.is_regression or episode.query_x.shape[2:] != (1,) or episode.query_y.shape[2:] != (1,):
             rank_zero_warn("AdaptationFigure draws regression tasks of one input and one output only: nothing drawn.")
             return
         order = episode.query_x.flatten().argsort()  # lines are drawn from left to right
         episode = episode._replace(query_x=episode.query_x[:, order], query_y=episode.query_y[:, order])
-        with aside(trainer, pl_module):
-            predictions = self._predictions(pl_module, episode)
+        with aside(trainer, learner):
+            predictions = self._predictions(learner, episode)
         draw_adaptation(
             path,
             x=episode.query_x.flatten().tolist(),
@@ -72,7 +75,7 @@ class AdaptationFigure(Callback):
             support=(episode.support_x.flatten().tolist(), episode.support_y.flatten().tolist()),
             predictions=predictions,
         )
-        log_figure(trainer, "adaptation", path)
+        log_figure(trainer, f"{part.prefix}adaptation", path)
         rank_zero_info(f"The adaptation to a validation task is drawn in {path}.")
 
     def _predictions(self, learner: MetaLearner, episode: Episode) -> dict[int, list[float]]:
@@ -87,15 +90,19 @@ class AdaptationFigure(Callback):
 class LearningCurve(Callback):
     """After `fit`, draws the validation figures of the run's `metrics.csv` over meta-iterations: `curve.png`.
 
-    W&B and TensorBoard show it too.
+    W&B and TensorBoard show it too. Of `Replicas`, each has one in a folder of its own; the run's is of their means.
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, if the run logged to CSV and was validated."""
-        metrics = run_folder(trainer) / "metrics.csv"  # in every process: it broadcasts
-        if not trainer.is_global_zero or is_trial(trainer) or not metrics.is_file():
+        folder = run_folder(trainer)  # in every process: it broadcasts
+        if not trainer.is_global_zero or is_trial(trainer):
             return
-        path = metrics.with_name("curve.png")
-        if draw_curve([metrics], path):
-            log_figure(trainer, "curve", path)
-            rank_zero_info(f"The learning curve is drawn in {path}.")
+        folders = {folder: ""}
+        for part in parts_of(pl_module, getattr(trainer, "datamodule", None), folder):
+            folders[part.folder] = part.prefix
+        for own, prefix in folders.items():
+            metrics, path = own / "metrics.csv", own / "curve.png"
+            if metrics.is_file() and draw_curve([metrics], path):
+                log_figure(trainer, f"{prefix}curve", path)
+                rank_zero_info(f"The learning curve is drawn in {path}.")

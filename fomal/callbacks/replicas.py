@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -33,15 +33,14 @@ class ReplicaFiles(Callback):
         for place, learner in enumerate(pl_module):
             if not learner.config:  # made in Python
                 continue
-            where = {"save_dir": str(folder), "name": "", "version": replica_folder(place)}
-            logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": where}
-            learner.config = learner.config | {"trainer": learner.config.get("trainer", {}) | {"logger": logger}}
+            settings = _trainer_settings(learner.config.get("trainer", {}), folder, place, bool(trainer.loggers))
+            learner.config = learner.config | {"trainer": settings}
             if trainer.is_global_zero:
                 _write_config(folder / replica_folder(place) / "config.yaml", learner.config)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the logs, unless the command line has, to go on with those of an interrupted run."""
-        if not isinstance(pl_module, Replicas) or is_trial(trainer):
+        if not isinstance(pl_module, Replicas) or is_trial(trainer) or not trainer.loggers:
             return
         folder = run_folder(trainer)
         if not trainer.is_global_zero or self.loggers:
@@ -67,16 +66,17 @@ class ReplicaFiles(Callback):
             logger.save()
         self.loggers = []
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the logs as they are."""
+        self.loggers = []
+
     def _write(self, trainer: L.Trainer, replicas: L.LightningModule) -> None:
         if not isinstance(replicas, Replicas) or not replicas.figures[0]:
             return
         for place, (logger, figures) in enumerate(zip(self.loggers, replicas.figures, strict=False)):
             if place in replicas.stopped:
                 continue
-            # In 32 bits, as Lightning logs the figures of a run alone.
-            row: dict[str, Any] = {
-                name: float(torch.as_tensor(value).float()) for name, value in figures.items() if name != "step"
-            }
+            row = {name: value.item() for name, value in figures.items() if name != "step"}
             logger.log_metrics(row, step=int(figures["step"]))
             logger.save()
         replicas.figures = [{} for _ in replicas.learners]
@@ -85,6 +85,19 @@ class ReplicaFiles(Callback):
 def replica_loggers(folder: Path, replicas: int) -> list[CSVLogger]:
     """A log for each replica in its folder; a `metrics.csv` that is there is deleted at the first row."""
     return [CSVLogger(str(folder), name="", version=replica_folder(place)) for place in range(replicas)]
+
+
+def _trainer_settings(trainer: dict[str, Any], folder: Path, place: int, logs: bool) -> dict[str, Any]:
+    """A trainer's settings for a replica alone: log and checkpoints are in its folder."""
+    where = {"save_dir": str(folder), "name": "", "version": replica_folder(place)}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": where}
+    own = deepcopy(trainer) | {"logger": logger if logs else False}
+    if not logs:
+        own["default_root_dir"] = str(folder / replica_folder(place))
+    for callback in own.get("callbacks") or []:
+        if str(callback.get("class_path")).endswith(".SaveLast") and "init_args" in callback:
+            callback["init_args"]["dirpath"] = None  # that of all
+    return own
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> None:

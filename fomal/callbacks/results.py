@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fomal.versions import commits, versions
 class ResultsFile(Callback):
     """Prints a table after `test` or `validate`, and after `test` writes `results.json` into the run's folder.
 
-    Of `Replicas`, each has a file in a folder of its own, and the table is of means over them.
+    Of `Replicas`, each that has not stopped has a file in a folder of its own, and the table is of means over them.
     It holds the metrics with their 95 % half-widths, the number of tasks, seed, configuration, package versions,
     git commits, checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
     """
@@ -57,14 +57,14 @@ class ResultsFile(Callback):
         if isinstance(pl_module, MetaLearner):
             self._write(trainer, pl_module, folder / "results.json")
         elif isinstance(pl_module, Replicas):
-            for place, learner in enumerate(pl_module):
+            for place, learner in pl_module.running():
                 self._write(trainer, learner, folder / replica_folder(place) / "results.json")
 
     def _print(self, learner: L.LightningModule) -> None:
         if isinstance(learner, MetaLearner):
             print_table(learner.results)
         elif isinstance(learner, Replicas):
-            print_replicas([own.results for own in learner])
+            print_replicas({place: own.results for place, own in learner.running()})
 
     def _write(self, trainer: L.Trainer, learner: MetaLearner, path: Path) -> None:
         config = learner.config
@@ -114,14 +114,15 @@ def print_table(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def print_replicas(results: Sequence[dict[str, Any]]) -> None:
+def print_replicas(results: Mapping[int, dict[str, Any]]) -> None:
     """Print the means of the metrics over replicas with their 95 % intervals over them, and each one's mean."""
-    table = Table(title=f"{len(results)} replicas, {results[0]['tasks']} tasks each")
-    for column in ("metric", "mean", "95 % over replicas", *(str(place) for place in range(len(results)))):
+    first, *_ = results.values()
+    table = Table(title=f"{len(results)} replicas, {first['tasks']} tasks each")
+    for column in ("metric", "mean", "95 % over replicas", *map(str, results)):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for name in (name for name in results[0]["metrics"] if not name.endswith("_ci95")):
+    for name in (name for name in first["metrics"] if not name.endswith("_ci95")):
         scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
-        values = [scale * own["metrics"][name] for own in results]
+        values = [scale * own["metrics"][name] for own in results.values()]
         mean, half = student_interval(values)
         each = (f"{value:{digits}}" for value in values)
         table.add_row(name, f"{mean:{digits}}{unit}", f"± {half:{digits}}", *each)
@@ -129,34 +130,46 @@ def print_replicas(results: Sequence[dict[str, Any]]) -> None:
 
 
 class PredictionsFile(Callback):
-    """After `predict`, writes `predictions.csv` into the run's folder: one row for each query of each episode."""
+    """After `predict`, writes `predictions.csv` into the run's folder: one row for each query of each episode.
+
+    Of `Replicas`, each that has not stopped has a file in a folder of its own.
+    """
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[str, list[dict[str, Any]]] = {}  # by the folder within the run's
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an interrupted prediction left."""
-        self._rows = []
+        own = [replica_folder(place) for place, _ in pl_module.running()] if isinstance(pl_module, Replicas) else [""]
+        self._rows = {folder: [] for folder in own}
 
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: dict[str, Tensor],
-        batch: Episode,
+        outputs: Any,
+        batch: Episode | tuple[Episode, ...],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the rows of a batch."""
-        self._rows += _classification_rows(outputs) if "logits" in outputs else _regression_rows(outputs)
+        each = {"": outputs}
+        if isinstance(pl_module, Replicas):
+            each = {replica_folder(place): outputs[place] for place, _ in pl_module.running()}
+        for folder, own in each.items():
+            self._rows[folder] += _classification_rows(own) if "logits" in own else _regression_rows(own)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file."""
-        path = run_folder(trainer) / "predictions.csv"
-        rows = sorted((row for part in gather(self._rows) for row in part), key=lambda row: row["episode"])
-        self._rows = []
+        """Write the file, or files."""
+        folder, parts = run_folder(trainer), gather(self._rows)
+        self._rows = {}
         if not trainer.is_global_zero:
             return
+        for own in parts[0]:
+            rows = sorted((row for part in parts for row in part[own]), key=lambda row: row["episode"])
+            self._write(folder / own / "predictions.csv", rows)
+
+    def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(path)
         with path.open("w", newline="") as file:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fomal.analysis.report import Report, analyze, standard_rules
 from fomal.analysis.terms import Coefficients, Estimate, Terms
+from fomal.cli.errors import UsageError
 from fomal.cli.run import FomalCLI, run_cli, say
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
@@ -95,6 +96,12 @@ class AnalyzeCLI(FomalCLI):
     """The command line of `fomal analyze`."""
 
     trainer_type = AnalyzingTrainer
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse replicas before anything is built."""
+        if self.config[self.verb].get("replicas") is not None:
+            raise UsageError("replicas are not analysed together: give the checkpoint of one, or leave --replicas out.")
+        super().before_instantiate_classes()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method there
         """The one verb."""

@@ -127,6 +127,8 @@ def _points(path: Path, content: Mapping[str, Any]) -> list[Point]:
 
     def add(name: str, method: str, *parts: Mapping[str, Any], **place: Any) -> None:
         settings = functools.reduce(merged, parts, common)
+        if settings.get("replicas") is not None:
+            raise UsageError(f"{path}: {name!r} sets replicas, but an experiment runs its seeds by itself: --seeds.")
         run = planned.setdefault(json.dumps(settings, sort_keys=True), PlannedRun(name, settings))
         points.append(Point(name, method, run, **place))
 

@@ -305,10 +305,16 @@ class FomalCLI(LightningCLI):
         if plain.get("replicas") is None:
             self.model.config = config
             return
-        configs = replica_configs(config, plain["replicas"])
+        self._replicate(config, plain["replicas"])
+
+    def _replicate(self, config: dict[str, Any], replicas: int | list[dict[str, Any]]) -> None:
+        """Put replicas in the place of the run."""
+        configs = replica_configs(config, replicas)
         self.model = Replicas([_learner(own) for own in configs])
-        self.model.config = config | {"replicas": plain["replicas"]}
+        self.model.config = config | {"replicas": replicas}
         self.datamodule = ReplicatedDataModule(self.datamodule, [own["seed_everything"] for own in configs])
+        # Processes that are started from here draw no other seed than this one.
+        L.seed_everything(config["seed_everything"], workers=True, verbose=False)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         return super()._instantiate_trainer(config, [*callbacks, *default_callbacks(config)])
@@ -328,7 +334,7 @@ class FomalCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         logs = {folder / "metrics.csv": self.trainer.logger}
-        if isinstance(self.model, Replicas):
+        if isinstance(self.model, Replicas) and self.trainer.loggers:
             loggers = replica_loggers(folder, len(self.model.learners))
             logs |= {Path(logger.log_dir) / "metrics.csv": logger for logger in loggers}
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by a helper

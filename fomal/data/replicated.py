@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fomal.checks import nonnegative
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 
@@ -18,9 +19,18 @@ class ReplicatedDataModule(EpisodeDataModule):
     Args:
         data: any datamodule of episodes.
         seeds: of the R streams.
+
+    Raises:
+        ValueError: there is no seed, a negative one, or `data` draws its tasks on the device.
     """
 
     def __init__(self, data: EpisodeDataModule, seeds: Sequence[int]) -> None:
+        if not seeds:
+            raise ValueError("seeds is empty: give one for each replica.")
+        for seed in seeds:
+            nonnegative(seed=seed)
+        if data.on_device:
+            raise ValueError("data.on_device=True does not work with replicas yet: leave one of the two out.")
         super().__init__(
             data.shots,
             data.query_shots,
@@ -33,8 +43,7 @@ class ReplicatedDataModule(EpisodeDataModule):
             data.num_workers,
             seeds[0],
         )
-        if data.on_device:
-            raise ValueError("data.on_device=True does not work with replicas yet: leave one of the two out.")
+        self.prepare_data_per_node = data.prepare_data_per_node
         self.data, self.seeds = data, list(seeds)
         self.parts = self._split()
 
@@ -64,5 +73,6 @@ class ReplicatedDataModule(EpisodeDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Preprocess on the device."""
         if isinstance(batch, Episode):
-            return self.data.preprocessed(batch)
-        return type(batch)(self.on_after_batch_transfer(part, dataloader_idx) for part in batch)
+            return self.data.on_after_batch_transfer(batch, dataloader_idx)
+        parts = [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
+        return tuple(parts) if isinstance(parts[0], Episode) else parts  # older torch pins tuples as lists

@@ -82,11 +82,15 @@ def mean_of(estimates: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run in a folder, or all those in the folders below it; empty where there is none."""
+    """The run in a folder, or all those in the folders below it; empty where there is none.
+
+    A run of replicas is them, and not their means, which its own folder has.
+    """
     names = ("metrics.csv", "results.json")
-    if any((folder / name).is_file() for name in names):
+    of_replicas = {path.parent for path in folder.rglob("replica_0")}
+    if folder not in of_replicas and any((folder / name).is_file() for name in names):
         return [folder]
-    return sorted({path.parent for name in names for path in folder.rglob(name)})
+    return sorted({path.parent for name in names for path in folder.rglob(name)} - of_replicas)
 
 
 def read_run(folder: Path) -> Run:
