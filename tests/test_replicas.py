@@ -130,7 +130,12 @@ RULES: dict[str, tuple[Any, Any]] = {
 
 # Recording takes longer than the run.
 @pytest.mark.parametrize(
-    ("name", "recorded"), [*((name, False) for name in RULES), ("Reptile, Adam", None), ("query FOMAML", None)]
+    ("name", "recorded"),
+    [
+        *((name, False) for name in RULES),
+        pytest.param("Reptile, Adam", None, marks=pytest.mark.recorded),
+        pytest.param("query FOMAML", None, marks=pytest.mark.recorded),
+    ],
 )
 def test_a_replica_is_the_run_alone(name: str, recorded: bool | None, tmp_path: Path) -> None:
     rule, inner = RULES[name]
@@ -153,7 +158,10 @@ def conv(seed: int, rule: Any, inner: Any, **settings: Any) -> MetaLearner:
     return blob_learner(rule, inner, network, outer_optimizer=outer(), **settings)
 
 
-@pytest.mark.parametrize(("name", "recorded"), [*((name, False) for name in IMAGES), ("Reptile, momentum", None)])
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [*((name, False) for name in IMAGES), pytest.param("Reptile, momentum", None, marks=pytest.mark.recorded)],
+)
 def test_a_replica_is_the_run_alone_on_images(name: str, recorded: bool | None, tmp_path: Path) -> None:
     make = lambda place: conv(SEEDS[place], *IMAGES[name], recorded=recorded)  # noqa: E731
     assert_equal(make, blobs, tmp_path, 1e-9, steps=3, limit_val_batches=0 if recorded is None else 1.0)
@@ -186,7 +194,10 @@ STEP_SIZES = {
 }
 
 
-@pytest.mark.parametrize(("name", "recorded"), [*((name, False) for name in STEP_SIZES), ("Reptile, Adam", None)])
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [*((name, False) for name in STEP_SIZES), pytest.param("Reptile, Adam", None, marks=pytest.mark.recorded)],
+)
 def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path) -> None:
     rule, inner = STEP_SIZES[name]
 
