@@ -209,6 +209,7 @@ def test_captured_needs_a_gpu(run) -> None:
         run("--as", "captured")
 
 
+@pytest.mark.recorded
 def test_a_way_that_fomal_leaves_is_not_timed(run, monkeypatch) -> None:
     class Own(MLP):
         """Not known to be the same each time."""

@@ -132,6 +132,7 @@ def test_memory_of_chunks_is_that_of_a_chunk(rule: Any) -> None:
     assert chunked < 1.5 * alone  # beside it is the mean
 
 
+@pytest.mark.recorded
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
 @pytest.mark.parametrize("rule", RULES, ids=name)
@@ -145,9 +146,8 @@ def test_a_task_takes_its_share_of_the_peak(rule: Any, make: Any, vectorize: boo
 
 def test_in_evaluation_three_steps_show_what_all_take() -> None:
     inner, phi = inner_loop(blob_learner(eval_inner_steps=30), 8, training=False)
-    classify(inner, phi)  # what is recorded takes more at its first use
     whole = peak_bytes(lambda: classify(inner, phi))
-    assert 1 <= task_bytes(inner, lambda part: classify(part, phi), steps=3) / (whole / 8) <= 2.5
+    assert 0.8 <= task_bytes(inner, lambda part: classify(part, phi), steps=3) / (whole / 8) <= 1.2
 
 
 def test_an_estimate_leaves_no_trace() -> None:
