@@ -305,7 +305,10 @@ def _but_lr(learner: MetaLearner) -> Any:
 
 def _architecture(network: nn.Module) -> Any:
     """What can be seen of what a network computes: its modules with their settings, and the shapes of parameters."""
-    modules = {name: (*settings(module), module.extra_repr()) for name, module in network.named_modules()}
+    modules = {
+        name: (type(module), [part for part in vars(module).items() if isinstance(part[1], int | float | str | tuple)])
+        for name, module in network.named_modules()
+    }
     return modules, {name: p.shape for name, p in network.named_parameters()}
 
 
