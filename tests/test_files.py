@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from fomal.files import keep_earlier
+import pytest
+
+from fomal.files import UnreadableFile, keep_earlier, read_regular
 
 
 def test_a_file_gets_the_first_free_number(tmp_path: Path) -> None:
@@ -26,3 +31,48 @@ def test_a_gap_is_filled_and_nothing_overwritten(tmp_path: Path) -> None:
     assert keep_earlier(tmp_path / "config.yaml") == tmp_path / "config_2.yaml"
     assert (tmp_path / "config_1.yaml").read_text() == "first"
     assert (tmp_path / "config_3.yaml").read_text() == "third"
+
+
+# Regular files alone
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """Files that are not regular, or that never end, with what is said of them."""
+    paths = {kind: tmp_path / kind for kind in ("fifo", "socket", "endless", "link to a fifo")}
+    os.mkfifo(paths["fifo"])
+    paths["endless"].symlink_to("/dev/zero")
+    paths["link to a fifo"].symlink_to("fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(paths["socket"]))
+        yield paths
+
+
+def test_only_regular_files_are_read(odd: dict[str, Path]) -> None:
+    """Opening a fifo would wait for its writer for ever."""
+    kinds = {"fifo": "a fifo", "socket": "a socket", "endless": "a device", "link to a fifo": "a fifo"}
+    for kind, path in odd.items():
+        with pytest.raises(UnreadableFile) as error:
+            read_regular(path)
+        assert str(error.value) == f"{path} is not read: it is {kinds[kind]}, and no regular file"
+    with pytest.raises(IsADirectoryError):
+        read_regular(odd["fifo"].parent)
+    with pytest.raises(FileNotFoundError):
+        read_regular(odd["fifo"].parent / "nowhere")
+
+
+def test_regular_files_have_a_limit(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"12345")
+    link.symlink_to(file)
+    assert read_regular(link, 5) == b"12345"
+    with pytest.raises(UnreadableFile, match=r"file is not read: it has 5 bytes, more than the 4 allowed$"):
+        read_regular(file, 4)
+    with pytest.raises(UnreadableFile, match=r"link is not read: it is a link, and no regular file$"):
+        read_regular(link, follow=False)
+    os.truncate(file, 2**40)  # a file with a hole, of no bytes on disk
+    with pytest.raises(UnreadableFile, match=r"1099511627776 bytes"):
+        read_regular(file)
+    if Path("/proc/self/maps").exists():  # size 0, as files have that the kernel makes up and that may never end
+        with pytest.raises(UnreadableFile, match=r"maps is not read: it says that it is empty, and is not$"):
+            read_regular("/proc/self/maps")
