@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from fomal.checks import nonnegative, one_of
-from fomal.data.image_format import Color, Fit, ImageFormat, Resample
+from fomal.data.image_format import MAX_PIXELS, Color, Fit, ImageFormat, Resample
 from fomal.data.images import ClassImages, ImageDataModule
+from fomal.data.levels import ValueRange
 from fomal.data.listing import Listed, Listing
 from fomal.data.source import Source
 from fomal.data.store import Store, load_images
@@ -31,13 +32,14 @@ class ImageFilesDataModule(ImageDataModule):
     Args:
         root: folder or zip with the images.
         image_size: height and width of the images, or both, in pixels.
-        color: see `fomal.data.image_format.ImageFormat`, as for the next five.
+        color: see `fomal.data.image_format.ImageFormat`, as for the next eight.
         fit: "crop", "stretch" or "pad" another aspect ratio.
         resample: how sizes are changed.
         background: grey level below transparent images.
         mean: subtracted from values in [0, 1].
         std: what they are divided by then.
         max_pixels: larger files are refused.
+        value_range: of 16-bit images and the like, what becomes black and what white.
         cache_dir: folder for the decoded images; None means `$XDG_CACHE_HOME/fomal` or `~/.cache/fomal`.
         cache_gb: the largest cache, in 10**9 bytes; 0 decodes always.
         on_error: what to do about files that cannot be used (damaged, of another kind than their name says, in two
@@ -63,7 +65,8 @@ class ImageFilesDataModule(ImageDataModule):
         background: int = 255,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        max_pixels: int = 50_000_000,
+        max_pixels: int = MAX_PIXELS,
+        value_range: ValueRange = None,
         cache_dir: str | None = None,
         cache_gb: float = 4.0,
         on_error: Literal["raise", "skip"] = "raise",
@@ -74,7 +77,9 @@ class ImageFilesDataModule(ImageDataModule):
         one_of(("raise", "skip"), on_error=on_error)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         values = mean or (0.0,), std or (1.0,)
-        self.image_format = ImageFormat(height, width, color, fit, resample, background, max_pixels, *values)
+        self.image_format = ImageFormat(
+            height, width, color, fit, resample, background, max_pixels, *values, value_range
+        )
         self.root = root
         self.cache_dir = cache_dir
         self.cache_gb = cache_gb

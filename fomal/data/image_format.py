@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fomal.checks import one_of, positive
+from fomal.data.image_kinds import HEAD, KINDS, kind_of, kinds_to_try
+from fomal.data.levels import Deep, OutOfRange, ValueRange, checked, deep_array, deep_image
 from fomal.data.source import Content
 
 Color = Literal["rgb", "gray", "binary"]
@@ -23,12 +29,6 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _RESAMPLE = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 _MODES = {"rgb": "RGB", "gray": "L", "binary": "L"}
-_KINDS = {  # what content a name promises
-    **{f".{kind.lower()}": (kind,) for kind in ("PNG", "WEBP", "GIF", "BMP")},  # tried in this order
-    **dict.fromkeys((".jpg", ".jpeg"), ("JPEG", "MPO")),  # some cameras' JPEGs have a second picture, for depth
-    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
-    **dict.fromkeys((".pbm", ".pgm", ".ppm"), ("PPM",)),
-}
 _TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,17 +38,59 @@ _TURNS = {  # by EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FORMATS = tuple(dict.fromkeys(kinds[0] for kinds in _KINDS.values()))
-Image.init()  # all plugins now, rather than in the first of many threads
+_LARGE = 2**24  # pixels of an image that is decoded alone, so that not every thread has one in memory
+_ALONE = threading.Lock()
 _DRAFT = 2  # a JPEG may be decoded at a lower scale, as long as it is this many times the size wanted
+
+
+MAX_PIXELS = 128_000_000
+"""The default of `max_pixels`: above any ordinary camera's, and half a gigabyte in memory."""
+
+
+@dataclass
+class Remarks:
+    """Observations about images that could be read, which are worth a line when all have been.
+
+    Attributes:
+        misnamed: what the images hold whose names promise something else, by name.
+        peaks: the largest value of each image of more than 8 bits.
+    """
+
+    misnamed: dict[str, str] = field(default_factory=dict)
+    peaks: list[float] = field(default_factory=list)
+
+    def lines(self, value_range: ValueRange) -> list[str]:
+        """The observations, in a line each.
+
+        Args:
+            value_range: of the format that the images were read with.
+        """
+        lines = []
+        if self.misnamed:
+            first = [f"{name} ({kind})" for name, kind in sorted(self.misnamed.items())[:3]]
+            more = f" and {len(self.misnamed) - 3} more" if len(self.misnamed) > 3 else ""
+            lines.append(f"images of another kind than their names say are read all the same: {', '.join(first)}{more}")
+        peak = max(self.peaks, default=0.0)
+        count = f"the {len(self.peaks)} images of more than 8 bits"
+        if value_range is None and self.peaks and peak < 2**14:
+            bits = max(1, int(peak).bit_length())
+            lines.append(
+                f"{count} have no value above {peak:.0f} of 65535, so that they become nearly black: set "
+                f"data.value_range: {bits} (bits), [darkest, brightest] or image"
+            )
+        if isinstance(value_range, int) and peak >= 2**value_range:
+            lines.append(f"{count} have values up to {peak:.0f}, of which value_range={value_range} bits cut the top")
+        if isinstance(value_range, tuple) and self.peaks and peak <= value_range[0]:
+            lines.append(f"{count} have no value above {peak:g}, so that value_range={list(value_range)} blackens all")
+        return lines
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """Size, colours and values of the network's images, and how files become such.
 
-    Grey, palette, 16-bit, CMYK and YCbCr images are converted; alpha is laid over `background`; an animation is its
-    first frame; a photograph is turned as its EXIF data say. 16 bits keep the upper 8.
+    Grey, palette, CMYK and YCbCr images are converted; alpha is laid over `background`; an animation is its first
+    frame; a photograph is turned as its EXIF data say; `value_range` says how 16 bits and more become 8.
 
     Args:
         height: of the images, in pixels.
@@ -58,9 +100,13 @@ class ImageFormat:
             `background`.
         resample: how sizes are changed; "binary" can be "nearest" alone.
         background: grey level 0 to 255 below transparent and beside padded images.
-        max_pixels: files with more are refused before they are decoded; Pillow itself refuses more than 178,956,970.
+        max_pixels: files with more are refused before they are decoded.
         mean: subtracted from values in [0, 1], one for each channel or one for all.
         std: what they are divided by then, likewise.
+        value_range: of images of more than 8 bits, what becomes black and what white: a number of bits, e.g. 12;
+            the darkest and the brightest value; "image", the smallest and the largest value of each image. None:
+            all that the file's kind allows, 16 bits for most, of which the upper 8 are kept; images of floating-point,
+            negative or larger values are refused then.
 
     Raises:
         ValueError: for a setting that is none of these.
@@ -72,13 +118,15 @@ class ImageFormat:
     fit: Fit = "crop"
     resample: Resample = "bilinear"
     background: int = 255
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
+    value_range: ValueRange = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))  # so that lists, as JSON has them, compare equal
         object.__setattr__(self, "std", tuple(self.std))
+        object.__setattr__(self, "value_range", checked(self.value_range))
         positive(height=self.height, width=self.width, max_pixels=self.max_pixels)
         one_of(_MODES, color=self.color)
         one_of(("crop", "stretch", "pad"), fit=self.fit)
@@ -101,48 +149,71 @@ class ImageFormat:
         """Channels of the images."""
         return 3 if self.color == "rgb" else 1
 
-    def decode(self, content: Content | Image.Image, name: str = "") -> NDArray[np.uint8]:
+    def decode(
+        self, content: Content | Image.Image, name: str = "", remarks: Remarks | None = None
+    ) -> NDArray[np.uint8]:
         """An image as (C, H, W) uint8, 0 to 255.
 
         Args:
-            content: a file's bytes, an array (H, W), (H, W, 1), (H, W, 3) or, with alpha, (H, W, 4) uint8, or an
-                image of Pillow's.
-            name: the file's name; its suffix must promise what the content is. Empty promises nothing.
+            content: a file's bytes, an array (H, W), (H, W, 1), (H, W, 3) or, with alpha, (H, W, 4), or an image of
+                Pillow's. An array is uint8, or as images of more than 8 bits are: other integers or floating point.
+            name: the file's name; its suffix tells kinds of image that their content does not.
+            remarks: where to note what is worth saying of it.
 
         Raises:
-            ValueError: it is no whole image of a known kind, is not of the kind its name promises, or is too large;
+            ValueError: it is no whole image of a known kind, is too large, or has values that no range is known for;
                 says the reason alone, without the name.
         """
+        remarks = Remarks() if remarks is None else remarks
         if isinstance(content, np.ndarray):
-            content = _as_image(content)
+            content = _checked_array(content)
+            if content.dtype != np.uint8:
+                return self._pixels(self._reduced(deep_array(content), remarks))
+            content = Image.fromarray(content)
         if isinstance(content, Image.Image):
-            return self._pixels(content)
+            return self._pixels(self._eight_bits(content, None, remarks))
+        suffix = os.path.splitext(name)[1].lower()  # pathlib takes a quarter of a drawing's time
         try:
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                self._check(image, name)
+            with _open(content, kinds_to_try(suffix)) as image:
+                self._check(image)
                 wanted = _DRAFT * max(self.height, self.width)
                 image.draft(None, (wanted, wanted))  # None keeps the mode; of JPEG alone
-                return self._pixels(image)
-        except _Refused as error:
+                with _ALONE if image.width * image.height > _LARGE else nullcontext():
+                    again = partial(_open, content, (str(image.format),))
+                    pixels = self._pixels(self._eight_bits(image, again, remarks))
+                if suffix in KINDS and image.format not in KINDS[suffix]:
+                    remarks.misnamed[name] = str(image.format)
+                return pixels
+        except (_Refused, OutOfRange) as error:
             raise ValueError(str(error)) from None
         except UnidentifiedImageError:
-            raise ValueError(f"no image of a known kind ({', '.join(_FORMATS)})") from None
+            kind = kind_of(content[:HEAD])
+            raise ValueError(
+                f"damaged, or {kind} of a form that is not read" if kind else "no image of a known kind"
+            ) from None
         except Image.DecompressionBombError as error:
             raise ValueError(f"too many pixels: {error}") from None
         except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, struct.error
             raise ValueError(f"damaged: {str(error) or type(error).__name__}") from error
 
-    def _check(self, image: Image.Image, name: str) -> None:
+    def _check(self, image: Image.Image) -> None:
         width, height = image.size
         if width * height > self.max_pixels:
             raise _Refused(f"{width} x {height} pixels, more than max_pixels={self.max_pixels}")
-        promised = _KINDS.get(os.path.splitext(name)[1].lower())  # pathlib takes a quarter of a drawing's time
-        if promised and image.format not in promised:
-            raise _Refused(f"holds {image.format}, not {promised[0]} as its name says: rename it")
+
+    def _eight_bits(self, image: Image.Image, again: Any, remarks: Remarks) -> Image.Image:
+        """The image, turned as it was seen, with its values in 8 bits; of any mode."""
+        deep = deep_image(image, again)
+        image.load()
+        return _turned(image if deep is None else self._reduced(deep, remarks), _orientation(image))
+
+    def _reduced(self, deep: Deep, remarks: Remarks) -> Image.Image:
+        reduced = deep.reduced(self.value_range)
+        remarks.peaks.append(deep.peak())
+        return reduced
 
     def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        image.load()
-        image = self._resized(_converted(_turned(image), _MODES[self.color], self.background))
+        image = self._resized(_converted(image, _MODES[self.color], self.background))
         if self.color == "binary":
             image = image.point(lambda v: 255 * (v >= 128))
         pixels = np.asarray(image)
@@ -176,33 +247,42 @@ class _Refused(ValueError):
     """An image that could be decoded, but must not be."""
 
 
-def _as_image(array: NDArray[np.uint8]) -> Image.Image:
-    if array.dtype != np.uint8 or not array.size or array.shape[2:] not in ((), (1,), (3,), (4,)) or array.ndim < 2:
-        raise _Refused(f"shape {array.shape}, {array.dtype}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8")
-    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+def _open(content: bytes, kinds: Sequence[str]) -> ImageFile.ImageFile:
+    """An image of one of these kinds, not loaded yet; without the limit that `Image.open` has besides `max_pixels`."""
+    for kind in kinds:
+        factory, accept = Image.OPEN[kind]
+        try:
+            found = accept is None or accept(content[:16])
+            if found and not isinstance(found, str):  # a text says why it cannot be decoded here
+                return factory(io.BytesIO(content), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say that it is of another kind
+            continue
+    raise UnidentifiedImageError
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    """An image as it was seen; ImageOps.exif_transpose would fail on what else may be wrong with the EXIF data."""
+def _checked_array(array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype == bool:
+        array = 255 * array.astype(np.uint8)
+    good = array.dtype.kind in "uif" and array.size and array.ndim > 1 and array.shape[2:] in ((), (1,), (3,), (4,))
+    if not good:
+        raise _Refused(f"shape {array.shape}, {array.dtype}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers")
+    return array[..., 0] if array.shape[2:] == (1,) else array
+
+
+def _orientation(image: Image.Image) -> Any:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # unreadable EXIF data say nothing
-        return image
+        return None
+
+
+def _turned(image: Image.Image, orientation: Any) -> Image.Image:
+    """An image as it was seen; ImageOps.exif_transpose would fail on what else may be wrong with the EXIF data."""
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _converted(image: Image.Image, mode: str, background: int) -> Image.Image:
-    """An image of any mode as RGB or L."""
-    if image.mode == "F":
-        raise _Refused("floating-point pixels, whose range is not defined: store 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise _Refused("pixels of more than 16 bits: store 8 or 16")
-        clear = image.info.get("transparency")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-        if clear is not None:
-            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    """An image of any mode of 8 bits as RGB or L."""
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, (background, background, background, 255))

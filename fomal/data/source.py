@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm"))
+from fomal.data.image_kinds import HEAD, not_an_image
+from fomal.files import LARGEST, open_regular, read_regular
+
+MOST_WAYS = 16
+"""Paths on which one folder may be reached by links."""
 LARGEST_RATIO = 100
 """How many times its compressed size a member of a zip may have; images hardly compress."""
 _SMALL = 2**20  # bytes; a member no larger than this is no bomb, whatever its ratio: drawings do compress
@@ -56,21 +63,39 @@ class Source(ABC):
     def stamp(self, name: str) -> tuple[int, int]:
         """Numbers that change when the file does, without opening it."""
 
+    def head(self, name: str) -> bytes:
+        """The first `HEAD` bytes of a file; raises as `read` does."""
+        return bytes(self.read(name)[:HEAD])
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """The files that are no images, by name, with a word for what each is; see `not_an_image`."""
+        kinds = {name: not_an_image(name, partial(self.head, name)) for name in self.names}
+        return {name: kind for name, kind in kinds.items() if kind is not None}
+
     @property
     def images(self) -> list[str]:
-        """The files with the suffix of an image."""
-        return [name for name in self.names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        """The files that are images by their suffix or, without a suffix of images, by their content."""
+        return [name for name in self.names if name not in self.left_out]
 
 
 class FolderSource(Source):
-    """A folder; links in it are followed, as far as they do not run in circles."""
+    """A folder; links in it are followed, as far as they do not run in circles.
+
+    Raises:
+        ValueError: one folder is reached on more than `MOST_WAYS` ways, which links can multiply without end.
+    """
 
     def __init__(self, root: Path, setting: str = "root") -> None:
         self.where, self.setting = str(root), setting
         self.root = root
         self.names, self.folders = [], []
         chains = {str(root): {_identity(root)}}  # of each folder, itself and those that it lies in
+        ways = Counter[tuple[int, int]]()
         for path, folders, files in os.walk(root, followlinks=True):
+            ways[here := _identity(Path(path))] += 1
+            if ways[here] > MOST_WAYS:
+                raise ValueError(f"{self.label}: links lead to {path} on more than {MOST_WAYS} ways: remove them.")
             chain, place = chains.pop(path), Path(path).relative_to(root)
             inside = {name: _identity(Path(path, name)) for name in folders if not _is_hidden(name)}
             folders[:] = [name for name, identity in inside.items() if identity not in chain]
@@ -82,7 +107,11 @@ class FolderSource(Source):
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
-        return (self.root / name).read_bytes()
+        return read_regular(self.root / name)
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a file."""
+        return _head(self.root / name)
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and time of change; of a link to nowhere zeros."""
@@ -103,9 +132,15 @@ class FileSource(Source):
     def __init__(self, paths: Sequence[str], setting: str = "root") -> None:
         lacking = [path for path in paths if not Path(path).is_file()]
         if lacking:
-            raise FileNotFoundError(f"{setting}={lacking[0]!r} does not exist: give files, or one folder or zip.")
+            what = "is no regular file" if Path(lacking[0]).exists() else "does not exist"
+            raise FileNotFoundError(f"{setting}={lacking[0]!r} {what}: give files, or one folder or zip.")
         self.where, self.setting = f"{len(paths)} files", setting
         self.names, self.folders = list(dict.fromkeys(paths)), []
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """None."""
+        return {}
 
     @property
     def images(self) -> list[str]:
@@ -114,7 +149,11 @@ class FileSource(Source):
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
-        return Path(name).read_bytes()
+        return read_regular(Path(name))
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a file."""
+        return _head(Path(name))
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and time of change."""
@@ -159,7 +198,7 @@ class ZipSource(Source):
     def _zip(self) -> zipfile.ZipFile:
         """The open zip; each process has its own, since a forked file shares its position."""
         if self._open is None or self._open[0] != os.getpid():
-            self._open = os.getpid(), zipfile.ZipFile(self.path)
+            self._open = os.getpid(), zipfile.ZipFile(open_regular(self.path))
         return self._open[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -167,10 +206,19 @@ class ZipSource(Source):
 
     def read(self, name: str) -> bytes:
         """The bytes of a member, at most as many as it claims to have."""
-        member = self._members[name]
+        size = self._members[name].file_size
+        if size > LARGEST:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {LARGEST} allowed")
+        return self._begin(name, size)
+
+    def head(self, name: str) -> bytes:
+        """The first bytes of a member."""
+        return self._begin(name, HEAD)
+
+    def _begin(self, name: str, size: int) -> bytes:
         try:
-            with self._zip().open(member) as file:
-                return file.read(member.file_size)
+            with self._zip().open(self._members[name]) as file:
+                return file.read(size)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
             raise OSError(f"damaged in the zip: {str(error) or 'it ends too early'}") from error
 
@@ -209,6 +257,11 @@ class ArraySource(Source):
         return self._stamp
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+    @property
     def images(self) -> list[str]:
         """All of them."""
         return self.names
@@ -225,8 +278,14 @@ def open_source(root: str, setting: str = "root") -> Source:
     if path.is_dir():
         return FolderSource(path, setting)
     if not path.is_file():
-        raise FileNotFoundError(f"{setting}={root!r} does not exist: give a folder or a zip with the images.")
+        what = "is neither a folder nor a regular file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{setting}={root!r} {what}: give a folder or a zip, tar or npz with the images.")
     return ZipSource(path, setting)
+
+
+def _head(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(HEAD)
 
 
 def _is_hidden(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from fomal.cli import main
 from fomal.cli.checkpoint import refuse_differences
 from fomal.cli.errors import UsageError
 from fomal.data import ImageFolderDataModule
-from tests.pictures import encoded, picture, write_images, zipped
+from tests.pictures import write_images, zipped
 
 SPLITS = {"train": ("ant", "bee", "cat", "dog"), "val": ("elk", "fox"), "test": ("gnu", "hen", "ibis")}
 SMALL = {"ways": 2, "shots": 2, "query_shots": 1, "train_query_shots": 1, "image_size": 8, "meta_batch_size": 3}
@@ -155,7 +156,8 @@ def damaged(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     root = write_images(tmp_path / "damaged", dict.fromkeys(("ant", "bee", "cat", "dog", "elk"), 5))
     write_images(root, {"bad": 2, "empty": 0})
     (root / "ant/00.png").write_bytes((root / "ant/00.png").read_bytes()[:60])
-    (root / "bee/01.png").write_bytes(encoded(picture("bee"), "JPEG"))
+    (root / "bee/01.png").unlink()
+    os.mkfifo(root / "bee/01.png")
     (root / "cat/02.png").write_bytes(b"no image")
     (root / "cat/twin.png").write_bytes((root / "dog/03.png").read_bytes())
     (root / "dog/twin.png").write_bytes((root / "dog/04.png").read_bytes())  # twice in one class: no fault
@@ -164,7 +166,7 @@ def damaged(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         (root / f"bad/{number:02}.png").write_bytes(b"GIF89a")
     return root, {
         "ant/00.png": r"ant/00.png \(damaged: ",
-        "bee/01.png": r"bee/01.png \(holds JPEG, not PNG as its name says: rename it\)",
+        "bee/01.png": r"bee/01.png \(cannot be read: it is a fifo, and no regular file\)",
         "cat/02.png": r"cat/02.png \(no image of a known kind",
         "cat/twin.png": r"cat/twin.png \(the same image as dog/03.png, of another class\)",
         "dog/03.png": r"dog/03.png \(the same image as cat/twin.png, of another class\)",

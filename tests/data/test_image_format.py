@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from torch.nn.functional import interpolate
 
-from fomal.data.image_format import ImageFormat
+from fomal.data.image_format import ImageFormat, Remarks
 
 pytestmark = pytest.mark.filterwarnings("error")  # files that are in order warn of nothing
 
@@ -206,9 +206,9 @@ def test_jpeg(subsampling: int) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (GRAY.astype(np.float32), "^floating-point pixels, whose range is not defined: store 8 or 16 bits$"),
-        (np.full((H, W), 65536, np.int32), "^pixels of more than 16 bits: store 8 or 16$"),
-        (np.full((H, W), -1, np.int32), "^pixels of more than 16 bits: store 8 or 16$"),
+        (GRAY.astype(np.float32), "^floating-point pixels, whose range is not defined: set value_range$"),
+        (np.full((H, W), 65536, np.int32), "^pixels from 65536 to 65536, not of 16 bits: set value_range$"),
+        (np.full((H, W), -1, np.int32), "^pixels from -1 to -1, not of 16 bits: set value_range$"),
     ],
 )
 def test_undefined_ranges_are_refused(image: NDArray[Any], message: str) -> None:
@@ -361,14 +361,11 @@ def test_pixels_are_limited_before_decoding(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=f"^{W} x {H} pixels, more than max_pixels={H * W - 1}$"):
         rgb(max_pixels=H * W - 1).decode(content)
     head = png(np.zeros((1, 1), np.uint8), 0)
-    for width, height, message in (
-        (9000, 9000, "^9000 x 9000 pixels, more than max_pixels=50000000$"),
-        (30000, 30000, "^too many pixels: .*900000000 pixels"),
-    ):
+    for width, height in ((12000, 12000), (30000, 30000)):
         data = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
         bomb = head[:16] + data + struct.pack(">I", zlib.crc32(b"IHDR" + data)) + head[33:]
         assert len(bomb) < 100
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^{width} x {height} pixels, more than max_pixels=128000000$"):
             rgb().decode(bomb, "bomb.png")
 
 
@@ -378,7 +375,7 @@ def test_a_bomb_in_an_animation() -> None:
     place = content.index(b"\x2c\0\0\0\0") + 5  # width and height of the frame
     content[place : place + 4] = struct.pack("<HH", 9000, 9000)
     with pytest.raises(ValueError, match="^9000 x 9000 pixels, more than max_pixels"):
-        rgb().decode(bytes(content))
+        rgb(max_pixels=50_000_000).decode(bytes(content))
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about some
@@ -387,7 +384,7 @@ def test_truncated_files_are_refused(suffix: str) -> None:
     image = noise(40, 40)
     content = encoded(image, KINDS[suffix])
     assert rgb().decode(content, f"x{suffix}").shape == (3, H, W)
-    message = r"^(damaged: ..|no image of a known kind \(PNG, WEBP, GIF, BMP, JPEG, TIFF, PPM\)$)"
+    message = r"^(damaged[:,] ..|no image of a known kind$)"
     for keep in (0, 0.02, 0.3, 0.6, 0.95):
         with pytest.raises(ValueError, match=message):
             rgb().decode(content[: int(keep * len(content))], f"x{suffix}")
@@ -397,7 +394,7 @@ def test_truncated_files_are_refused(suffix: str) -> None:
     "content", [b"", b"text", b"<!DOCTYPE html><html></html>", bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0"]
 )
 def test_no_images(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"^no image of a known kind \(PNG, WEBP, GIF, BMP, JPEG, TIFF, PPM\)$"):
+    with pytest.raises(ValueError, match="^no image of a known kind$"):
         rgb().decode(content, "x.png")
 
 
@@ -420,17 +417,17 @@ def test_random_damage_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
-def test_names_must_tell_the_kind(kind: str) -> None:
+def test_names_that_say_another_kind_are_noted(kind: str) -> None:
     content = encoded(RGB, kind)
-    for suffix, promised in (*KINDS.items(), (".JPEG", "JPEG"), (".Tiff", "TIFF"), (".pgm", "PPM"), (".pbm", "PPM")):
-        if promised == kind:
-            assert rgb().decode(content, f"folder.png/x{suffix}").shape == (3, H, W)
-        else:
-            message = f"^holds {kind}, not {promised} as its name says: rename it$"
-            with pytest.raises(ValueError, match=message):
-                rgb().decode(content, f"folder/x{suffix}")
+    expected = rgb().decode(content)
+    for suffix, promised in (*KINDS.items(), (".JPEG", "JPEG"), (".Tiff", "TIFF"), (".pgm", "PPM"), (".jfif", "JPEG")):
+        remarks, name = Remarks(), f"folder.png/x{suffix}"
+        same(rgb().decode(content, name, remarks), expected)
+        assert remarks.misnamed == ({} if promised == kind else {name: kind})
     for name in ("", "x", "x.dat", "png", "x.jpg.txt"):
-        assert rgb().decode(content, name).shape == (3, H, W)
+        remarks = Remarks()
+        same(rgb().decode(content, name, remarks), expected)
+        assert remarks == Remarks()
 
 
 # Arrays and Pillow's images
@@ -449,9 +446,9 @@ def test_arrays() -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((H, W)),
-        np.zeros((H, W), np.int64),
-        np.zeros((H, W), bool),
+        np.zeros((H, W), object),
+        np.zeros((H, W), complex),
+        np.zeros((H, W), "U3"),
         *(np.zeros(shape, np.uint8) for shape in [(H, W, 2), (H, W, 5), (3, H, W), (H,), (), (0, W), (1, H, W, 3)]),
     ],
     ids=lambda array: f"{array.shape} {array.dtype}",

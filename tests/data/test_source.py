@@ -133,7 +133,7 @@ def test_files_by_path(folder: Path) -> None:
     assert source.names == source.images == paths[:2]
     assert source.read(paths[1]) == b"no image"
     assert source.label == "images='3 files'"
-    with pytest.raises(FileNotFoundError, match=f"^images='{folder}/pear' does not exist: give files, or one folder"):
+    with pytest.raises(FileNotFoundError, match=f"^images='{folder}/pear' is no regular file: give files, or"):
         FileSource([*paths, f"{folder}/pear"], "images")
 
 
