@@ -15,14 +15,14 @@ from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.image_format import ImageFormat
 from fomal.data.sampler import augment_words, choose
-from fomal.data.store import Decoding
+from fomal.data.store import Cached, Decoding
 
 
 class ClassImages(NamedTuple):
     """K classes over N images; several classes may be variants of the same images, e.g. turned.
 
     Attributes:
-        images: (N, C, H, W) uint8, in memory, memory-mapped, or decoded when they are asked for.
+        images: (N, C, H, W) uint8, in memory, or read or decoded when they are asked for.
         rows: (M,) int64, the places in `images` of one class's images after the other's.
         first: (K,) int64, where in `rows` each class begins.
         counts: (K,) int64, how many images it has.
@@ -30,7 +30,7 @@ class ClassImages(NamedTuple):
         variants: what is done to them.
     """
 
-    images: Tensor | Decoding
+    images: Tensor | Cached | Decoding
     rows: Tensor
     first: Tensor
     counts: Tensor
@@ -38,7 +38,7 @@ class ClassImages(NamedTuple):
     variants: tuple[Variant, ...] = ()
 
     @classmethod
-    def of(cls, images: Tensor | Decoding, counts: Tensor, rows: Tensor | None = None) -> ClassImages:
+    def of(cls, images: Tensor | Cached | Decoding, counts: Tensor, rows: Tensor | None = None) -> ClassImages:
         """Classes with `counts` (K,) images each, which follow each other in `rows`, or else in `images`."""
         rows = torch.arange(images.shape[0]) if rows is None else rows
         return cls(images, rows, counts.cumsum(0) - counts, counts, torch.zeros_like(counts))

@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_url
 
-from fomal.data.cache import Arrays, cache_folder, read_arrays, write_arrays
+from fomal.data.cache import Arrays, UnsafeCache, cache_folder, read_arrays, unusable, write_arrays
+from fomal.files import open_regular, read_regular
 
 PARTS = ("images_background", "images_evaluation")
 SIDE = 105  # pixels of a drawing
@@ -70,7 +71,10 @@ def load_characters(root: str, download: bool, cache_dir: str | None, image_size
     if arrays is None:
         rank_zero_info(f"Reading the drawings of Omniglot from {root} into {path}, once.")
         arrays = read_sources(sources, image_size)
-        write_arrays(path, arrays)
+        try:
+            write_arrays(path, arrays)
+        except UnsafeCache as error:
+            rank_zero_warn(unusable(path.parent, error, "the drawings are read again by each process"))
     pixels = np.unpackbits(arrays["packed"], axis=1, count=image_size**2)
     images = torch.from_numpy(pixels).view(-1, 1, image_size, image_size)
     return Characters(images, torch.from_numpy(arrays["counts"]), arrays["names"].tolist())
@@ -217,14 +221,14 @@ def _folder_drawings(folder: Path) -> Iterator[tuple[Key, bytes]]:
     for key, path in sorted(_list_folder(folder).items()):
         _check_size(str(path), path.stat().st_size)
         with _blame(str(path), "file"):
-            content = path.read_bytes()
+            content = read_regular(path, _LARGEST_FILE)
         yield key, content
 
 
 def _zip_drawings(path: Path, part: str) -> Iterator[tuple[Key, bytes]]:
     """The drawings of a zip, in order; nothing is extracted, names are only compared and sorted."""
     with _blame(str(path), "zip"):
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(open_regular(path))
     with archive:
         names = (name.split("/") for name in archive.namelist())
         keys = {(n[1], n[2], n[3]) for n in names if len(n) == 4 and n[0] == part and _is_drawing(n[3])}
