@@ -1,12 +1,18 @@
-"""Read and write files: nothing but regular files is read, and earlier ones are not lost."""
+"""Read and write files: regular files alone are read; files are written whole or not at all, and earlier ones kept."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from fomal.output import quoted, rank_zero_warn
 
 LARGEST = 2**29
 """Bytes that a file which is read whole may have, unless its reader says otherwise."""
@@ -80,16 +86,121 @@ def _refuse_irregular(path: str | Path, about: os.stat_result) -> None:
         raise UnreadableFile(errno.EINVAL, f"it is {kind}, and no regular file", str(path))
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class WriteError(OSError):
+    """A file that could not be written; the text names it and the remedy."""
+
+
 def keep_earlier(path: Path) -> Path | None:
     """Rename an existing file `name.ext` to the first free `name_1.ext`, `name_2.ext`, ...
 
     Returns:
         The new path; None where there was no file.
+
+    Raises:
+        WriteError: it cannot be renamed.
     """
     if not path.exists():
         return None
     number = 1
     while (kept := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
         number += 1
-    path.rename(kept)
+    with naming(path):
+        path.rename(kept)
     return kept
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` and a remedy where writing it fails; errors about other files pass.
+
+    Raises:
+        WriteError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if (
+            isinstance(error, WriteError | UnreadableFile)
+            or error.errno is None
+            or (named and not _concerns(named, path))
+        ):
+            raise
+        raise WriteError(unwritten(path, error)) from error
+
+
+def _concerns(named: Path, path: Path) -> bool:
+    return named.parent == path.parent or named in path.parents or path in named.parents
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """Say that a file could not be written, why, and what to do."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        remedy = f"make room on the disk of {path.parent}, or choose another folder"
+    elif error.errno in _CLOSED:
+        remedy = f"make {path.parent} writable, or choose another folder"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        remedy = "a file or folder of that name is in the way: remove it, or choose another name"
+    else:
+        remedy = "choose another folder, or see to its disk"
+    return f"{path} could not be written ({reason}): {remedy}."
+
+
+@contextmanager
+def atomic_replace(path: Path, keep: bool = False) -> Iterator[Path]:
+    """Give a new file beside `path` to write to, and let it take the place of `path` when all is written.
+
+    Its name cannot be guessed, and it is made anew, so that no link is followed. Folders are made. After an error,
+    Ctrl-C included, `path` is as it was, and the new file is gone.
+
+    Args:
+        path: where the file belongs.
+        keep: rename a file that is there rather than replace it; see `keep_earlier`.
+
+    Raises:
+        WriteError: the disk is full or read-only, or `path` is a device or a folder.
+    """
+    with naming(path):
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is a folder, a device or a pipe")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{secrets.token_hex(8)}.unfinished")
+        try:
+            unfinished.open("xb").close()
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())  # some file systems tell only now that they are full
+            if keep:
+                keep_earlier(path)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, keep: bool = False) -> None:
+    """Write a text file in UTF-8, as `atomic_replace` does."""
+    with atomic_replace(path, keep) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]], keep: bool = False) -> None:
+    """Write a table as `atomic_replace` does, with texts that a spreadsheet would run behind an apostrophe."""
+    with atomic_replace(path, keep) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(map(quoted, columns))
+        writer.writerows([quoted(row.get(column, "")) for column in columns] for row in rows)
+
+
+@contextmanager
+def dispensable(what: str) -> Iterator[None]:
+    """Warn, and go on, where `what` fails, which a run can do without."""
+    try:
+        yield
+    except Exception as error:  # figures meet many kinds, and the run they are of is safe
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        rank_zero_warn(f"The run goes on without {what}: {kind}{' '.join(str(error).split())}")

@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD as TorchSGD
@@ -33,6 +32,7 @@ from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
+from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.preflight import check_trainer
 from fomal.trainer_steps import check_intervals, one_by_one
 from fomal.tree import Tree

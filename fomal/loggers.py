@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,14 @@ import lightning as L
 import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+
+from fomal.files import WriteError, naming, write_csv
+from fomal.output import rank_zero_warn
 
 _INIT_TIMEOUT = 30.0  # seconds; W&B's own is 90, and it takes ten more
 
@@ -173,6 +178,57 @@ def surviving(what: str, reported: set[str]) -> Iterator[None]:
         if what not in reported:
             reported.add(what)
             rank_zero_warn(f"W&B could not {what} ({_reason(error)}): the run goes on, and is silent about it now.")
+
+
+class CarefulWriter(ExperimentWriter):
+    """Writes `metrics.csv` whole rows at a time; what cannot be written now is tried again with the next rows."""
+
+    failed = False
+
+    def save(self) -> None:
+        """Write the rows that are new; warn once where that fails."""
+        path, keys = Path(self.metrics_file_path), list(self.metrics_keys)
+        if not self.metrics:
+            return
+        try:
+            with naming(path):
+                if self._record_new_keys() or not path.is_file():
+                    self._write_all(path)
+                else:
+                    _append(path, self.metrics_keys, self.metrics)
+        except WriteError as error:
+            self.metrics_keys = keys
+            if not self.failed:
+                rank_zero_warn(f"{error} The run goes on, and keeps its rows in memory until they can be written.")
+            self.failed = True
+            return
+        self.metrics, self.failed = [], False
+
+    def _write_all(self, path: Path) -> None:
+        """Write the file anew, with the columns of all rows."""
+        earlier: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                earlier = list(csv.DictReader(file))
+        write_csv(path, self.metrics_keys, [*earlier, *self.metrics])
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a table; a disk that is full midway leaves it as it was."""
+    size = path.stat().st_size
+    try:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerows(rows)
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def survive_full_disks(loggers: Iterable[Any]) -> None:
+    """Let Lightning's CSV loggers write as `CarefulWriter` does, once they have started."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and type(logger.experiment) is ExperimentWriter:
+            logger.experiment.__class__ = CarefulWriter
 
 
 def log_figure(trainer: L.Trainer, name: str, path: Path) -> None:

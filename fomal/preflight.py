@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 
 from fomal.distributed import launched_processes, leave_at_exit
+from fomal.output import rank_zero_warn
 
 HALF = "would need loss scaling inside the inner loop, which is not there: use 32-true, or bf16-mixed."
 

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from fomal.checks import settings
@@ -20,6 +19,7 @@ from fomal.inner.optimizer import InnerOptimizer, part_of_state
 from fomal.inner.rollout import InnerLoop
 from fomal.learner import MetaLearner
 from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
+from fomal.output import rank_zero_warn
 from fomal.trainer_steps import one_by_one
 from fomal.watch import LOOK_EVERY, Watch
 

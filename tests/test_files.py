@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from fomal.files import UnreadableFile, keep_earlier, read_regular
+from fomal.files import (
+    UnreadableFile,
+    WriteError,
+    atomic_replace,
+    dispensable,
+    keep_earlier,
+    read_regular,
+    write_csv,
+    write_text,
+)
 
 
 def test_a_file_gets_the_first_free_number(tmp_path: Path) -> None:
@@ -76,3 +88,67 @@ def test_regular_files_have_a_limit(tmp_path: Path) -> None:
     if Path("/proc/self/maps").exists():  # size 0, as files have that the kernel makes up and that may never end
         with pytest.raises(UnreadableFile, match=r"maps is not read: it says that it is empty, and is not$"):
             read_regular("/proc/self/maps")
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a disk that is full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_was_there_and_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "results.json"
+    write_text(path, "earlier")
+    with pytest.raises(WriteError, match=rf"{path} could not be written \(.*\): make room on the disk"), disk_of(1000):
+        write_text(path, "x" * 2000, keep=True)
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("results.json", "earlier")]
+    write_text(path, "new", keep=True)
+    assert sorted(file.read_text() for file in path.parent.iterdir()) == ["earlier", "new"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    path = tmp_path / "results.json"
+    with pytest.raises(WriteError, match=rf"{path} could not be written .*: make {tmp_path} writable, or choose"):
+        write_text(path, "x")
+
+
+def test_ctrl_c_leaves_nothing_and_devices_stay(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_replace(tmp_path / "a.csv"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(WriteError, match="pipe.csv could not be written .*in the way"):
+        write_text(tmp_path / "pipe.csv", "x", keep=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe.csv"]
+
+
+def test_errors_about_other_files_keep_their_own_text(tmp_path: Path) -> None:
+    lacking = tmp_path / "data" / "lacking.png"
+    with pytest.raises(FileNotFoundError, match="lacking.png") as caught, atomic_replace(tmp_path / "out" / "a.csv"):
+        lacking.read_bytes()
+    assert not isinstance(caught.value, WriteError)
+
+
+def test_tables_are_safe_to_open_in_a_spreadsheet(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_csv(path, ["label", "=x", "-1"], [{"label": "=cmd()", "=x": -0.5, "-1": None}, {"label": "@a", "=x": "-3"}])
+    assert path.read_text().splitlines() == ["label,'=x,-1", "'=cmd(),-0.5,", "'@a,-3,"]
+
+
+def test_what_a_run_can_do_without_does_not_end_it() -> None:
+    with pytest.warns(UserWarning, match=r"^The run goes on without its curve: c.png full$"), dispensable("its curve"):
+        raise WriteError("c.png full")
+    with pytest.warns(UserWarning, match=r"^The run .* its curve: ValueError: two lines$"), dispensable("its curve"):
+        raise ValueError("two\nlines")
+    with pytest.raises(KeyboardInterrupt), dispensable("its curve"):
+        raise KeyboardInterrupt

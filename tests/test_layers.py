@@ -16,8 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"checks", "files", "loggers", "random", "signals", "tree", "versions", "watch"},
-    {"checkpoints", "distributed"},
+    {"output"},
+    {"checks", "files", "random", "signals", "terminal", "tree", "versions", "watch"},
+    {"checkpoints", "distributed", "loggers"},
     {"metrics"},
     {"data", "models"},
     {"inner"},

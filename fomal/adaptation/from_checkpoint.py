@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fomal.adaptation.model import Adapted, ImageLike, decode_all
@@ -25,6 +24,7 @@ from fomal.inner.optimizer import SHARED, InnerOptimizer
 from fomal.learner import REPLICAS_GIVEN, MetaLearner
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
+from fomal.output import rank_zero_info
 from fomal.versions import versions
 
 

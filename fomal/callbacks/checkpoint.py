@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import signal
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.signals import requeue, requeue_signal
@@ -22,6 +22,8 @@ from fomal.checks import positive
 from fomal.distributed import together
 from fomal.files import keep_earlier
 from fomal.learner import MetaLearner
+from fomal.loggers import survive_full_disks
+from fomal.output import rank_zero_info
 from fomal.replicas import Replicas, replica_checkpoint, replica_folder
 from fomal.signals import EXIT_CODE, Handlers, leave
 
@@ -82,6 +84,8 @@ class SaveLast(Checkpoint):
             self._learner.watch.asked = self._learner.watch.stopping = 0  # of an earlier run
         if is_trial(trainer):
             return
+        if trainer.is_global_zero:
+            survive_full_disks(trainer.loggers)
         path = self.path(trainer)  # in every process: it broadcasts
         own = [path, path.with_name(PREVIOUS)]
         goes_on = bool(trainer.ckpt_path) and Path(str(trainer.ckpt_path)).resolve() in [file.resolve() for file in own]
@@ -207,7 +211,9 @@ def _save_replicas(path: Path, folder: Path) -> None:
         own.parent.mkdir(parents=True, exist_ok=True)
         unfinished = own.with_name(f".{LAST}.unfinished")
         try:
-            torch.save(replica_checkpoint(checkpoint, place), unfinished)
+            content = io.BytesIO()  # a full disk is an OSError then, which torch would not say
+            torch.save(replica_checkpoint(checkpoint, place), content)
+            unfinished.write_bytes(content.getbuffer())
             publish(unfinished, own)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fomal.callbacks.figures import aside
@@ -15,8 +14,10 @@ from fomal.checks import nonnegative, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.evaluation import ClassificationResult
+from fomal.files import dispensable
 from fomal.learner import MetaLearner
 from fomal.loggers import log_figure
+from fomal.output import rank_zero_info
 from fomal.plots.episode_grid import draw_episode, is_image
 
 
@@ -58,7 +59,8 @@ class EpisodeGrid(Callback):
             return
         if any(name.startswith("val/") for name in trainer.callback_metrics):
             for part in parts_of(learner, getattr(trainer, "datamodule", None), folder):
-                self._draw_part(trainer, part, step)
+                with dispensable("a picture of a validation task"):
+                    self._draw_part(trainer, part, step)
 
     def _draw_part(self, trainer: L.Trainer, part: Part, step: int) -> None:
         learner, data, path = part.learner, part.data, part.folder / "episode.png"

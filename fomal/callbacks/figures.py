@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.parts import Part, parts_of
 from fomal.data.episode import Episode
+from fomal.files import dispensable
 from fomal.learner import MetaLearner
 from fomal.loggers import log_figure
+from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.plots.adaptation import draw_adaptation
 from fomal.plots.curve import draw_curve
 
@@ -55,7 +56,8 @@ class AdaptationFigure(Callback):
         if not trainer.is_global_zero or is_trial(trainer):
             return
         for part in parts_of(pl_module, data, folder):
-            self._draw(trainer, part)
+            with dispensable("the figure of an adaptation"):
+                self._draw(trainer, part)
 
     def _draw(self, trainer: L.Trainer, part: Part) -> None:
         learner, path = part.learner, part.folder / "adaptation.png"
@@ -103,6 +105,7 @@ class LearningCurve(Callback):
             folders[part.folder] = part.prefix
         for own, prefix in folders.items():
             metrics, path = own / "metrics.csv", own / "curve.png"
-            if metrics.is_file() and draw_curve([metrics], path):
-                log_figure(trainer, f"{prefix}curve", path)
-                rank_zero_info(f"The learning curve is drawn in {path}.")
+            with dispensable("its learning curve"):
+                if metrics.is_file() and draw_curve([metrics], path):
+                    log_figure(trainer, f"{prefix}curve", path)
+                    rank_zero_info(f"The learning curve is drawn in {path}.")

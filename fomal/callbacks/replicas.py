@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.files import keep_earlier
+from fomal.files import keep_earlier, write_text
+from fomal.loggers import survive_full_disks
 from fomal.replicas import Replicas, replica_folder
 
 
@@ -43,11 +44,13 @@ class ReplicaFiles(Callback):
         if not isinstance(pl_module, Replicas) or is_trial(trainer) or not trainer.loggers:
             return
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or self.loggers:
+        if not trainer.is_global_zero:
             return
-        for place in range(len(pl_module.learners)):
-            keep_earlier(folder / replica_folder(place) / "metrics.csv")
-        self.loggers = replica_loggers(folder, len(pl_module.learners))
+        if not self.loggers:
+            for place in range(len(pl_module.learners)):
+                keep_earlier(folder / replica_folder(place) / "metrics.csv")
+            self.loggers = replica_loggers(folder, len(pl_module.learners))
+        survive_full_disks(self.loggers)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,6 +104,4 @@ def _trainer_settings(trainer: dict[str, Any], folder: Path, place: int, logs: b
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keep_earlier(path)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    write_text(path, yaml.safe_dump(config, sort_keys=False), keep=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import time
@@ -12,8 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -21,10 +18,12 @@ from fomal.callbacks.folder import run_folder
 from fomal.checkpoints import meta_iterations
 from fomal.data.episode import Episode
 from fomal.distributed import gather
-from fomal.files import keep_earlier
+from fomal.files import write_csv, write_text
 from fomal.learner import MetaLearner
 from fomal.metrics import student_interval
+from fomal.output import rank_zero_info
 from fomal.replicas import Replicas, replica_folder
+from fomal.terminal import PlainConsole
 from fomal.versions import commits, versions
 
 
@@ -77,9 +76,7 @@ class ResultsFile(Callback):
             "commits": commits(),
             "config": config,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_earlier(path)
-        path.write_text(json.dumps(_strict(results), indent=2, allow_nan=False) + "\n")
+        write_text(path, json.dumps(_strict(results), indent=2, allow_nan=False) + "\n", keep=True)
         rank_zero_info(f"Results are in {path}.")
 
 
@@ -111,7 +108,7 @@ def print_table(results: dict[str, Any]) -> None:
     for name in (name for name in metrics if not name.endswith("_ci95")):
         scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
         table.add_row(name, f"{scale * metrics[name]:{digits}}{unit}", f"± {scale * metrics[f'{name}_ci95']:{digits}}")
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def print_replicas(results: Mapping[int, dict[str, Any]]) -> None:
@@ -126,7 +123,7 @@ def print_replicas(results: Mapping[int, dict[str, Any]]) -> None:
         mean, half = student_interval(values)
         each = (f"{value:{digits}}" for value in values)
         table.add_row(name, f"{mean:{digits}}{unit}", f"± {half:{digits}}", *each)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 class PredictionsFile(Callback):
@@ -170,12 +167,7 @@ class PredictionsFile(Callback):
             self._write(folder / own / "predictions.csv", rows)
 
     def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_earlier(path)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, list(rows[0]), rows, keep=True)
         rank_zero_info(f"Predictions are in {path}.")
 
 

@@ -9,8 +9,8 @@ import subprocess
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.signals import EXIT_CODE, Handlers, leave
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from fomal import __version__
 from fomal.cli.configs import DEFAULT, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.output import one_line
 from fomal.signals import leave
 
 __all__ = ["VERBS", "Verb", "configs_dir", "main"]
@@ -120,7 +121,7 @@ def _fail(error: Exception, code: int) -> NoReturn:
         traceback.print_exception(error)
     elif not isinstance(error, UsageError) and not _is_from_fomal(error):
         hint = " (FOMAL_TRACEBACK=1 shows where)"
-    print(f"fomal: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    print(f"fomal: error: {one_line(error)}{hint}", file=sys.stderr)
     raise SystemExit(code) from error
 
 

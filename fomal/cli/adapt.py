@@ -23,6 +23,7 @@ from fomal.data.listing import by_folders
 from fomal.data.source import open_source
 from fomal.data.store import Decoding, scan
 from fomal.inner.optimizer import InnerOptimizer
+from fomal.output import tell
 
 _SHOWN = 10  # classes named in the message
 _FEW = 10  # times that an image is seen; the evaluations of the paper see each 50 times or 10
@@ -46,15 +47,15 @@ def run(verb: str, args: Sequence[str]) -> Adapted:
     about = adapted.about["adaptation"]
     counts = [f"{label} {count}" for label, count in Counter(labels).most_common()]
     more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
-    print(f"Adapted to {len(counts)} classes with {len(labels)} images: {', '.join(counts[:_SHOWN])}{more}.")
+    tell(f"Adapted to {len(counts)} classes with {len(labels)} images: {', '.join(counts[:_SHOWN])}{more}.")
     seen = about["steps"] * about["batch_size"] / len(labels)
-    print(
+    tell(
         f"{about['steps']} steps of {about['batch_size']} images, so each was seen {seen:.1f} times; the loss of a "
         f"mini-batch went from {about['loss_first_step']:.3f} to {about['loss_last_step']:.3f}."
     )
     if seen < _FEW:
-        print(f"That is little: --steps {math.ceil(_FEW * len(labels) / about['batch_size'])} would make it {_FEW}.")
-    print(f"The model is in {given.out}; to use it: fomal classify --adapted {given.out} --images DIR --out labels.csv")
+        tell(f"That is little: --steps {math.ceil(_FEW * len(labels) / about['batch_size'])} would make it {_FEW}.")
+    tell(f"The model is in {given.out}; to use it: fomal classify --adapted {given.out} --images DIR --out labels.csv")
     return adapted
 
 

@@ -11,21 +11,22 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from fomal.analysis.report import Report, analyze, standard_rules
 from fomal.analysis.terms import Coefficients, Estimate, Terms
 from fomal.cli.errors import UsageError
-from fomal.cli.run import FomalCLI, run_cli, say
+from fomal.cli.run import FomalCLI, run_cli
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
-from fomal.files import keep_earlier
+from fomal.files import write_text
 from fomal.inner import SGD, SGLD
 from fomal.learner import MetaLearner
 from fomal.outer.rule import OuterRule
+from fomal.output import say, tell
 from fomal.plots.taylor import draw_taylor
+from fomal.terminal import PlainConsole
 
 
 def run(verb: str, args: Sequence[str]) -> FomalCLI:
@@ -84,7 +85,7 @@ class AnalyzingTrainer(L.Trainer):
             batch_size=model.inner_batch_size,
             lr=_inner_lr(model) if lr is None else lr,
             watch=lambda groups, what: track(
-                groups, what, console=Console(stderr=True), disable=not sys.stderr.isatty()
+                groups, what, console=PlainConsole(stderr=True), disable=not sys.stderr.isatty()
             ),
         )
         if self.is_global_zero:
@@ -130,22 +131,19 @@ def _inner_lr(model: MetaLearner) -> float:
 
 def _keep(report: Report, out: Path, origin: dict[str, Any]) -> None:
     """Print the tables, and write JSON and figure."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("analysis.json", "taylor.png"):
-        keep_earlier(out / name)
     plain = asdict(report)
     for part in ("terms", "limit"):
         terms = getattr(report, part)
         plain[part] = terms._asdict() | {"rules": {name: c._asdict() for name, c in terms.rules.items()}}
     plain = json.loads(json.dumps(origin | plain), parse_constant=lambda _: None)  # strict JSON has no NaN
-    (out / "analysis.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    write_text(out / "analysis.json", json.dumps(plain, indent=2, allow_nan=False) + "\n", keep=True)
     draw_taylor(out / "taylor.png", report.alphas, report.residuals, report.slopes)
     _print(report)
-    print(f"The analysis is in {out / 'analysis.json'} and {out / 'taylor.png'}.")
+    tell(f"The analysis is in {out / 'analysis.json'} and {out / 'taylor.png'}.")
 
 
 def _print(report: Report) -> None:
-    terms, console = report.terms, Console()
+    terms, console = report.terms, PlainConsole()
     console.print(
         f"{terms.tasks} tasks, {terms.batches} mini-batches each; ± is the 95 % interval over tasks. "
         "Outer gradients made of displacements are divided by the inner step size α."

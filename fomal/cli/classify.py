@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -22,8 +21,10 @@ from fomal.cli.errors import UsageError
 from fomal.data.image_files import report
 from fomal.data.source import FileSource, Source, open_source
 from fomal.data.store import Decoding, scan
-from fomal.files import keep_earlier
+from fomal.files import atomic_replace
+from fomal.output import quoted, shown, tell
 from fomal.plots.contact_sheet import SHOWN, contact_sheet
+from fomal.terminal import PlainConsole
 
 _AT_ONCE = 256  # images in memory, unless they are to be seen together
 _WIDEST = 15  # classes of a confusion matrix that fits a terminal
@@ -60,7 +61,7 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
         raise ValueError(f"{source.label} has no image to classify.")
     images = Decoding(source, names, model.image_format)
     predictions = _write(given.out, model, images, given.transductive)
-    print(f"{len(names)} images: {_counts(predictions)}. The table is {given.out}.")
+    tell(f"{len(names)} images: {_counts(predictions)}. The table is {given.out}.")
     truth = _truth(names, model.classes)
     if any(truth):
         _print_accuracy(model.classes, truth, predictions)
@@ -68,7 +69,7 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
         pixels = images.index_select(0, torch.arange(min(SHOWN, len(names))))
         certain = predictions.probabilities.amax(1)
         save(contact_sheet(pixels, predictions.labels, certain, truth), given.sheet)
-        print(f"The sheet is {given.sheet}.")
+        tell(f"The sheet is {given.sheet}.")
     return predictions
 
 
@@ -87,22 +88,15 @@ def _write(out: Path, model: Adapted, images: Decoding, transductive: bool) -> P
     """Classify and write the table, few images in memory at once."""
     labels: list[str] = []
     probabilities = [torch.empty(0, len(model.classes))]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        with unfinished.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label", *model.classes])
-            for places in _parts(len(images.names), transductive):
-                part = model.predict_pixels(images.index_select(0, places), transductive)
-                for place, label, row in zip(places.tolist(), part.labels, part.probabilities.tolist(), strict=True):
-                    writer.writerow([images.names[place], label, *(f"{p:.6f}" for p in row)])
-                labels += part.labels
-                probabilities.append(part.probabilities)
-        keep_earlier(out)
-        unfinished.rename(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_replace(out, keep=True) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(map(quoted, ["file", "label", *model.classes]))
+        for places in _parts(len(images.names), transductive):
+            part = model.predict_pixels(images.index_select(0, places), transductive)
+            for place, label, row in zip(places.tolist(), part.labels, part.probabilities.tolist(), strict=True):
+                writer.writerow([quoted(images.names[place]), quoted(label), *(f"{p:.6f}" for p in row)])
+            labels += part.labels
+            probabilities.append(part.probabilities)
     return Predictions(labels, torch.cat(probabilities))
 
 
@@ -129,11 +123,11 @@ def _print_accuracy(classes: Sequence[str], truth: Sequence[str | None], predict
     right = sum(label == found for label, found in known)
     low, high = wilson(right, len(known))
     left = f"; {len(truth) - len(known)} images are in folders of no class" if len(known) < len(truth) else ""
-    print(
+    tell(
         f"Accuracy {100 * right / len(known):.1f} % ({right} of {len(known)} images in folders of their classes; 95 % "
         f"interval {100 * low:.1f} to {100 * high:.1f} %{left})."
     )
-    Console().print(_confusion(classes, known))
+    PlainConsole().print(_confusion(classes, known))
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -153,14 +147,14 @@ def _confusion(classes: Sequence[str], known: Sequence[tuple[str, str]]) -> Tabl
         table = Table(title="rows: true class; columns: predicted class")
         table.add_column("")
         for label in classes:
-            table.add_column(label, justify="right", overflow="fold")
+            table.add_column(shown(label), justify="right", overflow="fold")
         for label, row in zip(classes, matrix.tolist(), strict=True):
-            table.add_row(label, *map(str, row))
+            table.add_row(shown(label), *map(str, row))
         return table
     table = Table("true class", "predicted class", "images", title="most frequent confusions")
     wrong = matrix - matrix.diag().diag()
     for flat in wrong.flatten().argsort(descending=True, stable=True)[:20].tolist():
         true, predicted = divmod(flat, len(classes))
         if wrong[true, predicted]:
-            table.add_row(classes[true], classes[predicted], str(int(wrong[true, predicted])))
+            table.add_row(shown(classes[true]), shown(classes[predicted]), str(int(wrong[true, predicted])))
     return table

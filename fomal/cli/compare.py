@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from fomal.cli.arguments import Arguments
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.files import write_csv
+from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of, scale_of
 from fomal.plots.runs import Method, Run, differing_settings, find_runs, methods, read_run
+from fomal.plots.save import save_figure
+from fomal.terminal import PlainConsole
 
 # Files of a run that a table beside a figure of the same name would replace.
 _OF_A_RUN = ("metrics", "predictions")
@@ -51,8 +52,8 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     differing = differing_settings([method.runs for method in found])
     differing = [key for key in differing if key.rpartition(".")[0] not in differing]  # another class says it all
     if differing and not given.labels:
-        print(f"The methods differ in {', '.join(differing)}; labels name the fewest that tell them apart.")
-    print(f"The figure is {given.out}, the table {table}.")
+        tell(f"The methods differ in {', '.join(differing)}; labels name the fewest that tell them apart.")
+    tell(f"The figure is {given.out}, the table {table}.")
     return found
 
 
@@ -69,7 +70,7 @@ def _read(paths: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in folders]
     for one in runs:
         if not one.metrics():
-            print(f"fomal: {one.folder} is left out: it has neither been validated nor tested yet.", file=sys.stderr)
+            say(f"{one.folder} is left out: it has neither been validated nor tested yet.")
     if not (shown := [one for one in runs if one.metrics()]):
         raise UsageError("there is nothing to compare: no run has been validated or tested yet.")
     return shown
@@ -112,8 +113,7 @@ def choose_metric(found: Sequence[Method], asked: str | None = None) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def rows(method: Method) -> list[dict[str, object]]:
@@ -139,10 +139,7 @@ def _figures(final: dict[str, tuple[float, float]]) -> dict[str, object]:
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
     """Write rows as CSV, with the columns of all of them."""
     columns = sorted(dict.fromkeys(name for one in rows for name in one), key="folder".__eq__)  # that one last
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, columns, rows)
 
 
 def print_table(found: Sequence[Method], title: str | None = None) -> None:
@@ -159,8 +156,8 @@ def print_table(found: Sequence[Method], title: str | None = None) -> None:
         trained = sorted({run.meta_iterations for run in method.runs if run.meta_iterations is not None})
         tasks = sum(run.tasks for run in method.runs)
         about = [str(len(method.runs)), " to ".join(map(str, trained[:1] + trained[1:][-1:])) or "-", str(tasks or "-")]
-        table.add_row(method.label, *about, *(cell(name, method.final(name)) for name in names))
-    Console().print(table)
+        table.add_row(shown(method.label), *about, *(cell(name, method.final(name)) for name in names))
+    PlainConsole().print(table)
 
 
 def cell(metric: str, estimate: tuple[float, float] | None) -> str:

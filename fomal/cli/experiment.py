@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from fomal.cli.arguments import Arguments
@@ -20,9 +19,11 @@ from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, sa
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
 from fomal.cli.given import short_key
+from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of
 from fomal.plots.runs import Method, Run, flat_settings, read_run
 from fomal.plots.sweep import sweep_figure
+from fomal.terminal import PlainConsole
 
 # A test brings its settings from the checkpoint, but not the machine's.
 _MACHINE = (
@@ -111,15 +112,15 @@ def _run_all(experiment: Experiment, todo: Sequence[tuple[PlannedRun, int]], out
             continue
         folder, what = planned.folder(out, seed), f"[{number}/{len(todo)}] {planned.name}, seed {seed}"
         started = time.monotonic()
-        print(f"{what} ...", flush=True)
+        tell(f"{what} ...")
         problem = _fit_and_test(experiment, planned, seed, out, extra)
         if problem:
             failed.append(f"{planned.name} (seed {seed})")
-            print(f"{what} failed: {problem}", flush=True)
+            tell(f"{what} failed: {problem}")
             continue
         results = json.loads((folder / "results.json").read_text())["metrics"]
         figures = [f"{name} {value:.4g}" for name, value in results.items() if value and not name.endswith("_ci95")]
-        print(f"{what}: {', '.join(figures)} ({(time.monotonic() - started) / 60:.1f} min)", flush=True)
+        tell(f"{what}: {', '.join(figures)} ({(time.monotonic() - started) / 60:.1f} min)")
     return failed
 
 
@@ -137,7 +138,7 @@ def _tell_differences(planned: PlannedRun, folder: Path, extra: Sequence[str]) -
         if key in before and before[key] != value and key not in given
     ]
     if wrong:
-        print(f"fomal: {folder} was run with {', '.join(wrong)}: remove it to run it anew.", file=sys.stderr)
+        say(f"{folder} was run with {', '.join(wrong)}: remove it to run it anew.")
 
 
 def _check_settings(experiment: Experiment, runs: Sequence[PlannedRun], out: Path, extra: list[str]) -> None:
@@ -228,9 +229,7 @@ def _report(experiment: Experiment, seeds: Sequence[int] | None, out: Path, fail
         figure = out / "curves.png"
         save(compare_figure(methods, metric, experiment.title), figure)
         print_table(methods, experiment.title)
-    print(
-        f"{len(methods)} of {len(points)} results are there. The figure is {figure}, the table {out / 'results.csv'}."
-    )
+    tell(f"{len(methods)} of {len(points)} results are there. The figure is {figure}, the table {out / 'results.csv'}.")
     return methods
 
 
@@ -263,16 +262,16 @@ def _panels(points: Sequence[tuple[Point, Method]], metric: str) -> Panels:
 
 def _print_panels(panels: Panels, metric: str, title: str) -> None:
     """Print one table for each panel, the methods below each other."""
-    print(f"{title}: {name_of(metric)}")
+    tell(f"{title}: {name_of(metric)}")
     for panel, lines in panels.items():
         values = sorted({value for line in lines.values() for value in line})
         if not values:
             continue
-        table = Table(title=panel)
+        table = Table(title=shown(panel))
         table.add_column("method")
         for value in values:
             table.add_column(f"{value:g}", justify="right", no_wrap=True)
         for method, line in lines.items():
-            table.add_row(method, *(cell(metric, line.get(value)) for value in values))
-        Console().print(table)
-    print(CAPTION)
+            table.add_row(shown(method), *(cell(metric, line.get(value)) for value in values))
+        PlainConsole().print(table)
+    tell(CAPTION)

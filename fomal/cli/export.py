@@ -8,6 +8,7 @@ from pathlib import Path
 from fomal.adaptation import Adapted
 from fomal.adaptation.export import SUFFIXES, Exported, export
 from fomal.cli.arguments import Arguments
+from fomal.output import tell
 
 
 def run(verb: str, args: Sequence[str]) -> Exported:
@@ -33,11 +34,11 @@ def run(verb: str, args: Sequence[str]) -> Exported:
     exported = export(model, path, given.format, given.transductive)
     form = model.image_format
     batch = 1 if exported.alone else "B"
-    print(f"{path} equals the model on random images.")
-    print(
+    tell(f"{path} equals the model on random images.")
+    tell(
         f"It takes images ({batch}, {form.channels}, {form.height}, {form.width}) uint8 and gives probabilities "
         f"({batch}, {len(model.classes)}), in the order of the classes in {given.adapted / 'model.json'}."
     )
     if exported.alone:
-        print("Batch norm sees each image together with the support set, hence one at a time.")
+        tell("Batch norm sees each image together with the support set, hence one at a time.")
     return exported

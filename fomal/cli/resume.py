@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 
 from fomal.checkpoints import newest
-from fomal.files import keep_earlier
+from fomal.files import keep_earlier, write_csv
 
 LAST_KEYWORD = "last"
 _FOLDERS = ("CSVLogger", "TensorBoardLogger")  # these keep the run in save_dir/name/version
@@ -61,10 +61,7 @@ def go_on_with_log(logger: CSVLogger, log: Path, step: int) -> None:
         keep_earlier(log)
     writer: Any = logger.experiment  # deletes the file
     writer.metrics_keys = names
-    with log.open("w", newline="") as file:
-        table = csv.DictWriter(file, names)
-        table.writeheader()
-        table.writerows(kept)
+    write_csv(log, names, kept)
 
 
 def _checkpoint_folders(trainer: Mapping[str, Any]) -> list[Path]:

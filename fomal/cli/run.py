@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import signal
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from fomal.build import SEED, VARIED, add_arguments, build, replica_configs, stream_seed
 from fomal.callbacks import (
@@ -42,8 +40,9 @@ from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import launched_processes
-from fomal.files import keep_earlier
+from fomal.files import atomic_replace, keep_earlier
 from fomal.learner import MetaLearner
+from fomal.output import say, tell
 from fomal.preflight import check_precision
 from fomal.replicas import Replicas
 from fomal.trainer_steps import check_intervals
@@ -113,12 +112,6 @@ def trainer_defaults(verb: str) -> dict[str, Any]:
     }
 
 
-@rank_zero_only
-def say(text: str) -> None:
-    """Tell the user one line, beside the output proper."""
-    print(f"fomal: {text}", file=sys.stderr, flush=True)
-
-
 def _learner(config: dict[str, Any]) -> MetaLearner:
     """The learner of a run alone."""
     L.seed_everything(config["seed_everything"], workers=True, verbose=False)
@@ -136,9 +129,8 @@ class SaveConfig(SaveConfigCallback):
             return
         path = run_folder(trainer) / self.config_filename  # in every process: it broadcasts
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            keep_earlier(path)
-            self.parser.save(self.config, path, skip_unset=False, multifile=False)
+            with atomic_replace(path, keep=True) as unfinished:
+                self.parser.save(self.config, unfinished, skip_unset=False, overwrite=True, multifile=False)
             for logger in trainer.loggers:
                 logger.log_hyperparams(getattr(pl_module, "config", {}))
 
@@ -355,4 +347,4 @@ class FomalCLI(LightningCLI):
         if not is_trial(self.trainer):
             folder = run_folder(self.trainer)  # in every process: it broadcasts
             if self.trainer.is_global_zero:
-                print(f"The run is in {folder}.")
+                tell(f"The run is in {folder}.")

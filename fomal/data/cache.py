@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from fomal.files import UnreadableFile, open_regular
+from fomal.output import rank_zero_warn
 
 try:
     import grp

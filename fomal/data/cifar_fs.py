@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR100
 
@@ -16,6 +15,7 @@ from fomal.data.image_files import ImageFilesDataModule
 from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing
 from fomal.data.partition import partition
 from fomal.data.source import ArraySource, Source, open_source
+from fomal.output import rank_zero_info
 
 IMAGES = 600  # of each class
 

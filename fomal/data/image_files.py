@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from fomal.checks import nonnegative, one_of
@@ -19,6 +18,7 @@ from fomal.data.levels import ValueRange
 from fomal.data.listing import Listed, Listing
 from fomal.data.source import Source
 from fomal.data.store import Store, load_images
+from fomal.output import rank_zero_warn
 
 _SHOWN = 20  # problems named in a message
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -24,6 +23,7 @@ from torchvision.datasets.utils import download_url
 
 from fomal.data.cache import Arrays, UnsafeCache, cache_folder, read_arrays, unusable, write_arrays
 from fomal.files import open_regular, read_regular
+from fomal.output import rank_zero_info, rank_zero_warn
 
 PARTS = ("images_background", "images_evaluation")
 SIDE = 105  # pixels of a drawing

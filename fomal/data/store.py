@@ -19,9 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import torch
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -39,6 +37,8 @@ from fomal.data.cache import (
 )
 from fomal.data.image_format import ImageFormat, Remarks
 from fomal.data.source import Source
+from fomal.output import rank_zero_info, rank_zero_warn
+from fomal.terminal import PlainConsole
 
 T = TypeVar("T")
 
@@ -341,7 +341,7 @@ def _scan(
 
     digests, problems = np.zeros((len(names), 16), np.uint8), dict[str, str]()
     quiet = not sys.stderr.isatty()
-    watched = track(_in_order(one, names), "images", len(names), console=Console(stderr=True), disable=quiet)
+    watched = track(_in_order(one, names), "images", len(names), console=PlainConsole(stderr=True), disable=quiet)
     for i, (digest, result) in enumerate(watched):
         digests[i] = np.frombuffer(digest, np.uint8)
         if isinstance(result, str):

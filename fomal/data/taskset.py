@@ -12,7 +12,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.datasets import Omniglot, omniglot
 from torchvision.datasets.utils import check_integrity
@@ -21,6 +20,7 @@ from fomal.checks import nonnegative, one_of, positive
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS, task_words
+from fomal.output import rank_zero_info
 
 # What learn2learn reads below root, and what it fetches if something of it is missing.
 BENCHMARKS = {

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fomal.plots.save import save_figure
+
 
 def draw_adaptation(
     path: Path,
@@ -35,5 +37,4 @@ def draw_adaptation(
     axes.plot(*support, "o", color="black", markersize=7, markerfacecolor="gold", label="support points")
     axes.set(xlabel="x", ylabel="y", title="Adaptation to a validation task")
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from fomal.output import plotted, shown
 from fomal.plots.runs import Method
 
 LINES = ("-", "--", ":", "-.")
@@ -58,7 +59,7 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
     A method without a curve, e.g. an untrained network, is a horizontal line.
     """
     tested = [method for method in methods if method.final(metric) is not None]
-    texts = [fill(_label(method, metric), LEGEND_WIDTH) for method in methods]
+    texts = [plotted(fill(_label(method, metric), LEGEND_WIDTH)) for method in methods]
     longest = max(len(line) for text in texts for line in text.splitlines())
     width = 6.8 + bool(tested) + INCHES_PER_CHARACTER * longest
     lines = sum(text.count("\n") + 1 for text in texts)
@@ -69,7 +70,7 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
         _draw_method(axes, method, metric, text, style_of(place))
         for end in ends:
             _draw_result(end, method, metric, place, style_of(place))
-    axes.set(xlabel="meta-iterations", ylabel=name_of(metric), title="validation" if ends else "")
+    axes.set(xlabel="meta-iterations", ylabel=plotted(name_of(metric)), title="validation" if ends else "")
     if not any(method.curve(metric) for method in methods):
         axes.set(xlabel="", xticks=[], title="")
     for end in ends:
@@ -78,7 +79,7 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
     means = [mean for method in methods for _, mean, _ in method.curve(metric)]
     set_scale(axes, metric, [*means, *(final[0] for method in methods if (final := method.final(metric)))])
     axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(plotted(title))
     heading = "test: mean ± 95 % interval over tasks" if tested else None
     figure.legend(loc="outside right upper", fontsize="small", handlelength=3, title=heading, title_fontsize="small")
     return figure
@@ -87,11 +88,11 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
 def _label(method: Method, metric: str) -> str:
     final = method.final(metric)
     if final is None:
-        return method.label
+        return shown(method.label)
     scale, unit = scale_of(metric)
     mean, half = (f"{scale * value:.1f}" if unit else f"{value:.3g}" for value in final)
     text = f"{mean}{unit}" if math.isnan(final[1]) else f"{mean} ± {half}{unit}"
-    return f"{method.label}: {text.replace(' ', NO_BREAK)}"
+    return f"{shown(method.label)}: {text.replace(' ', NO_BREAK)}"
 
 
 def _draw_method(axes: Axes, method: Method, metric: str, label: str, style: dict[str, Any]) -> None:

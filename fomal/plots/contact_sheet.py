@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fomal.output import plotted
+
 SHOWN = 64
 _COLUMNS = 8
 
@@ -41,4 +43,5 @@ def contact_sheet(images: Tensor, labels: Sequence[str], probabilities: Tensor, 
 
 def _short(label: str) -> str:
     """The end of a long name, since paths differ there."""
+    label = plotted(label)
     return label if len(label) <= 16 else f"…{label[-15:]}"

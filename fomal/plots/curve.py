@@ -8,6 +8,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fomal.output import plotted
+from fomal.plots.save import save_figure
+
 Curve = list[tuple[int, float, float]]
 
 
@@ -42,7 +45,9 @@ def draw_curve(files: Sequence[Path], out: Path) -> bool:
         steps = [step for step, _, _ in curve]
         mean = [scale * value for _, value, _ in curve]
         half = [scale * interval for _, _, interval in curve]
-        (line,) = axes.plot(steps, mean, marker="." if len(steps) < 50 else None, label=name.removeprefix("val/"))
+        (line,) = axes.plot(
+            steps, mean, marker="." if len(steps) < 50 else None, label=plotted(name.removeprefix("val/"))
+        )
         low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     ylabel = "validation accuracy, %" if accuracies else "validation loss"
@@ -51,5 +56,5 @@ def draw_curve(files: Sequence[Path], out: Path) -> bool:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(out, dpi=150)
+    save_figure(figure, out)
     return True

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fomal.data.episode import Episode
+from fomal.plots.save import save_figure
 
 CLASSES = 20  # at most so many rows
 _LABEL, _GAP, _ROW = 0.9, 0.5, 1.3  # in widths of an image: the classes' names, between the sets, from row to row
@@ -63,8 +64,7 @@ def draw_episode(path: Path, episode: Episode, logits: Tensor, title: str, shown
         for place, index in enumerate(queries):
             _image(axes, query[index], start + place, top)
             _mark(axes, start + place, top, row, int(prediction[index]), float(probability[index]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    axes.get_figure().savefig(path, dpi=150)  # type: ignore[union-attr] # it has one
+    save_figure(axes.get_figure(root=True), path)  # type: ignore[arg-type] # it has one
 
 
 def _axes(width: float, height: float, title: str, notes: list[str]) -> Axes:

@@ -8,6 +8,7 @@ from statistics import mean, pstdev
 
 from matplotlib.figure import Figure
 
+from fomal.output import plotted
 from fomal.plots.compare import INCHES_PER_CHARACTER, name_of, scale_of, set_scale, style_of
 
 Panel = Mapping[str, Mapping[float, tuple[float, float]]]
@@ -41,18 +42,18 @@ def sweep_figure(panels: Mapping[str, Panel], metric: str, title: str = "") -> F
             ax.set_xscale("log")
         ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.set_xticks([], minor=True)
-        ax.set(xlabel=name)
+        ax.set(xlabel=plotted(name))
         ax.grid(alpha=0.3)
-    figure.axes[0].set(ylabel=f"test {name_of(metric)}")
+    figure.axes[0].set(ylabel=plotted(f"test {name_of(metric)}"))
     results = [final for panel in shown.values() for points in panel.values() for final in points.values()]
     set_scale(figure.axes[0], metric, [value for value, _ in results])
-    figure.suptitle(title)
+    figure.suptitle(plotted(title))
     names = [name for name in places if name in handles]
     columns = max(1, int(width / (INCHES_PER_CHARACTER * max(map(len, names)) + 0.7)))
     lines = math.ceil(len(names) / columns)
     figure.legend(
         [handles[name] for name in names],
-        names,
+        [plotted(name) for name in names],
         loc="outside lower center",
         ncols=math.ceil(len(names) / lines),
         fontsize="small",

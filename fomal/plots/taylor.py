@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fomal.plots.save import save_figure
+
 
 def taylor_figure(
     alphas: Sequence[float], residuals: Mapping[str, Sequence[float]], slopes: Mapping[str, float]
@@ -33,5 +35,4 @@ def draw_taylor(
     path: Path, alphas: Sequence[float], residuals: Mapping[str, Sequence[float]], slopes: Mapping[str, float]
 ) -> None:
     """Draw `taylor_figure` into a file; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    taylor_figure(alphas, residuals, slopes).savefig(path, dpi=150)
+    save_figure(taylor_figure(alphas, residuals, slopes), path, keep=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from fomal.callbacks import AdaptationFigure, LearningCurve
+from fomal import loggers
+from fomal.callbacks import AdaptationFigure, LearningCurve, SaveLast
 from fomal.data import SinusoidDataModule
 from fomal.data.episode import Episode
 from fomal.data.images import ClassImages, ImageDataModule
@@ -138,3 +143,40 @@ def test_a_trial_or_a_run_without_validation_leaves_no_figure(tmp_path: Path) ->
 def test_negative_numbers_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         AdaptationFigure(**wrong)
+
+
+def test_a_full_disk_ends_no_run_for_a_picture_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is safe, and rows are written as soon as there is room again."""
+    full = [True]
+
+    def append(path: Path, columns: Any, rows: Any, write: Any = loggers._append) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, columns, rows)
+
+    def savefig(figure: Figure, path: Path, **settings: Any) -> None:
+        path.write_bytes(b"the beginning")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Room(L.Callback):
+        def on_train_end(self, *args: Any) -> None:
+            full[0] = False
+
+    monkeypatch.setattr(loggers, "_append", append)
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    torch.manual_seed(0)
+    data, last = SinusoidDataModule(meta_batch_size=2, val_tasks=4), SaveLast(2, dirpath=str(tmp_path / "checkpoints"))
+    told = {"log_every_n_steps": 1, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="without") as found:
+        fit(learner(MLP(hidden=[4])), data, tmp_path, last, AdaptationFigure(), LearningCurve(), Room(), **told)
+    said = [str(warning.message) for warning in found if "could not be written" in str(warning.message)]
+    folder = tmp_path / "run"
+    for what, name in (("metrics.csv", ""), ("adaptation.png", "The run goes on without"), ("curve.png", "The run")):
+        line, *_ = [line for line in said if str(folder / what) in line]
+        assert line.startswith(name)
+        assert f"No space left on device): make room on the disk of {folder}, or choose another folder." in line
+    assert sorted(file.name for file in folder.iterdir()) == ["metrics.csv"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    with (folder / "metrics.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["val/loss"]]
+    assert steps == ["2", "4"]
