@@ -21,7 +21,7 @@ from torch import Tensor
 from fomal.checks import one_of, positive
 from fomal.data.image_kinds import HEAD, KINDS, kind_of, kinds_to_try
 from fomal.data.levels import Deep, OutOfRange, ValueRange, checked, deep_array, deep_image
-from fomal.data.source import Content
+from fomal.data.source_base import Content
 
 Color = Literal["rgb", "gray", "binary"]
 Fit = Literal["crop", "stretch", "pad"]

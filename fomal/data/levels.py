@@ -15,7 +15,8 @@ from PIL import Image
 ValueRange = int | tuple[float, float] | Literal["image"] | None
 """Bits, a window of the darkest and the brightest value, the values of each image, or what the kind of file allows."""
 
-_TIFF_BITS, _TIFF_INK, _TIFF_SIGNED = 258, 262, 339  # tags: bits per sample, photometric interpretation, sample format
+# Tags: bits per sample, photometric interpretation, planar configuration, sample format.
+_TIFF_BITS, _TIFF_INK, _TIFF_PLANES, _TIFF_SIGNED = 258, 262, 284, 339
 _ROWS = 256  # converted at once; bounds memory
 _OTHER_BYTE = {  # of a 16-bit sample, the raw mode that takes the byte which Pillow leaves out
     **{f"{mode};16B": f"{mode};16L" for mode in ("RGB", "RGBA")},
@@ -110,9 +111,9 @@ def deep_image(image: Image.Image, again: Callable[[], Image.Image] | None = Non
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _one_channel(image)
+    _refuse_planes(image)
     raw = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
     if again is None or not any(";16" in mode for mode in raw):
-        _refuse_planes(image, raw)
         return None
     if raw == {"LA;16B"}:
         with again() as other:
@@ -151,10 +152,10 @@ def _one_channel(image: Image.Image) -> Deep:
     return Deep(values, None if image.mode == "F" else bits, alpha, tags.get(_TIFF_INK) == 0)
 
 
-def _refuse_planes(image: Image.Image, raw: set[str]) -> None:
-    """Of separate planes of 16 bits that are not compressed, Pillow takes bytes for samples."""
+def _refuse_planes(image: Image.Image) -> None:
+    """Of separate planes of 16 bits, Pillow takes bytes for samples, or gives the upper bytes alone."""
     tags: Any = getattr(image, "tag_v2", {})
-    if len(raw) > 1 and max(tags.get(_TIFF_BITS, (8,))) > 8:
+    if tags.get(_TIFF_PLANES) == 2 and len(tags.get(_TIFF_BITS, ())) > 1 and max(tags[_TIFF_BITS]) > 8:
         raise OutOfRange("16-bit colours in separate planes: store them pixel by pixel")
 
 
@@ -165,5 +166,7 @@ def _raw_mode(tile: Any) -> str:
 
 
 def _with_raw_mode(image: Any, mode: str) -> Any:
-    image.tile = [(*tile[:3], mode if isinstance(tile[3], str) else (mode, *tile[3][1:])) for tile in image.tile]
+    image.tile = [
+        tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:])) for tile in image.tile
+    ]
     return image
