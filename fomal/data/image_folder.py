@@ -65,7 +65,7 @@ class ImageFolderDataModule(ImageFilesDataModule):
 
     def find(self) -> tuple[Source, Listing]:
         """The files, and their classes."""
-        source = open_source(self.root)
+        source = open_source(self.root, cache_gb=self.cache_gb)
         return source, by_folders(source) if self.labels is None else by_csv(source, self.labels)
 
     def divide(self, files: Sequence[Listed]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_url
 
 from fomal.data.cache import Arrays, UnsafeCache, cache_folder, read_arrays, unusable, write_arrays
-from fomal.files import open_regular, read_regular
+from fomal.files import read_regular
 from fomal.output import rank_zero_info, rank_zero_warn
 
 PARTS = ("images_background", "images_evaluation")
@@ -228,7 +228,7 @@ def _folder_drawings(folder: Path) -> Iterator[tuple[Key, bytes]]:
 def _zip_drawings(path: Path, part: str) -> Iterator[tuple[Key, bytes]]:
     """The drawings of a zip, in order; nothing is extracted, names are only compared and sorted."""
     with _blame(str(path), "zip"):
-        archive = zipfile.ZipFile(open_regular(path))
+        archive = zipfile.ZipFile(path)
     with archive:
         names = (name.split("/") for name in archive.namelist())
         keys = {(n[1], n[2], n[3]) for n in names if len(n) == 4 and n[0] == part and _is_drawing(n[3])}
