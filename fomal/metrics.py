@@ -39,10 +39,16 @@ class TaskMean(Metric):
 
     def update(self, values: Tensor) -> None:
         """Add tasks: (T,), or (T, size)."""
-        values = values.double()
-        self.total += values.sum(0)
-        self.squares += values.square().sum(0)
-        self.total_tasks += len(values)
+        with torch.inference_mode(False):  # sums outlive an evaluation in inference mode, Lightning's default
+            values = values.double()
+            self.total = self.total + values.sum(0)
+            self.squares = self.squares + values.square().sum(0)
+            self.total_tasks = self.total_tasks + len(values)
+
+    def reset(self) -> None:
+        """Forget all tasks."""
+        with torch.inference_mode(False):
+            super().reset()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """The mean and the half-width 1.96 s / sqrt(T), s with T - 1 degrees of freedom; NaN for fewer than 2 tasks."""

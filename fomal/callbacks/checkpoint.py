@@ -57,6 +57,7 @@ class SaveLast(Checkpoint):
         self._requeue: int | None = None
         self._saved_at = -1
         self._validation_due = False
+        self._validated_at = -1
 
     def path(self, trainer: L.Trainer) -> Path:
         """The checkpoint file; must be called in every process."""
@@ -79,6 +80,7 @@ class SaveLast(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what another run left in the same place, listen for signals, and make up an interrupted validation."""
         self._learner = pl_module if isinstance(pl_module, MetaLearner | Replicas) else None
+        self._validated_at = -1
         self._asked, self._saved_at = 0, trainer.global_step if trainer.ckpt_path else -1
         if self._learner is not None:
             self._learner.watch.asked = self._learner.watch.stopping = 0  # of an earlier run
@@ -103,6 +105,7 @@ class SaveLast(Checkpoint):
         if self._validation_due:
             self._validation_due = False
             _validate(trainer)
+            _uncount_validation(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -122,6 +125,11 @@ class SaveLast(Checkpoint):
         """Stop within a validation, which one process can do by itself."""
         if trainer.world_size == 1 and self._asked and not trainer.sanity_checking:
             self._stop(trainer, validation_due=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember when."""
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final state."""
@@ -175,7 +183,7 @@ class SaveLast(Checkpoint):
         path, folder = self.path(trainer), run_folder(trainer)  # in every process: they broadcast
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
-            with _between_steps(trainer), together():
+            with _between_steps(trainer, self._validated_at == step), together():
                 trainer.save_checkpoint(unfinished, weights_only=False)  # with optimiser and loops
             if trainer.is_global_zero:
                 publish(unfinished, path)
@@ -220,7 +228,7 @@ def _save_replicas(path: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _between_steps(trainer: L.Trainer) -> Iterator[None]:
+def _between_steps(trainer: L.Trainer, validated: bool) -> Iterator[None]:
     """Let Lightning's counters stand as at the end of the last step, whatever has been begun since.
 
     Lightning knows two kinds of checkpoints between steps by their counters. One of the end of a step it goes on from
@@ -229,18 +237,30 @@ def _between_steps(trainer: L.Trainer) -> Iterator[None]:
     loop = trainer.fit_loop.epoch_loop
     progress = loop.batch_progress
     parts: list[Any] = [progress.total, progress.current]
-    before = [vars(part).copy() for part in parts]
+    validations: list[Any] = [loop.val_loop.batch_progress.total, loop.val_loop.batch_progress.current]
+    before = [vars(part).copy() for part in (*parts, *validations)]
     stepped = loop._batches_that_stepped
     for part in parts:
         part.ready = part.started = part.processed
         part.completed = part.processed - 1
     loop._batches_that_stepped = parts[0].processed - 1
+    if validated:
+        _uncount_validation(trainer)
     try:
         yield
     finally:
-        for part, values in zip(parts, before, strict=True):
+        for part, values in zip((*parts, *validations), before, strict=True):
             vars(part).update(values)
         loop._batches_that_stepped = stepped
+
+
+def _uncount_validation(trainer: L.Trainer) -> None:
+    """Leave the batches of the last validation to Lightning to count, which it does when it goes on from its step."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    total, current = vars(progress.total), vars(progress.current)
+    for name, count in current.items():
+        total[name] -= count
+        current[name] = 0
 
 
 def _validate(trainer: L.Trainer) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, ClassVar, overload
 
 import lightning as L
@@ -34,6 +35,29 @@ class EpisodeStream(IterableDataset[Episode | Numbers]):
     ) -> None:
         self.data, self.split, self.batch, self.start, self.tasks = data, split, batch, start, tasks
         self.rank, self.world = data.rank_and_world()
+
+    def __len__(self) -> int:
+        """The number of meta-batches of which this rank has a part.
+
+        Raises:
+            TypeError: the stream is endless.
+        """
+        if self.tasks is None:
+            raise TypeError("the stream is endless")
+        first = self.start * self.batch
+        first += (self.rank - first) % self.world  # of this rank's episodes
+        if first >= self.tasks:
+            return 0
+        if self.world >= self.batch:  # one episode in each batch that it has a part of
+            return len(range(first, self.tasks, self.world))
+        last = self.tasks - 1 - (self.tasks - 1 - self.rank) % self.world
+        return last // self.batch - first // self.batch + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the trainer, which stays in its process: loader workers that are spawned get a copy of the data."""
+        data = copy(self.data)
+        data.trainer = None
+        return vars(self) | {"data": data}
 
     def __iter__(self) -> Iterator[Episode | Numbers]:
         offset, stride = _worker()
@@ -71,6 +95,36 @@ class ChunkStream(IterableDataset[list[Episode | Numbers]]):
             chunk += stride
 
 
+class EpisodeLoader:
+    """Batches of episodes; each pass over them begins where the run is by then.
+
+    Lightning begins a pass at each epoch. A `torch.utils.data.DataLoader` is made for each.
+
+    Args:
+        make: makes the torch loader of a pass.
+        length: the number of batches; None: endless.
+    """
+
+    def __init__(self, make: Callable[[], DataLoader[Any]], length: int | None = None) -> None:
+        self.make, self.length = make, length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.make())
+
+    def __len__(self) -> int:
+        """The number of batches; raises TypeError for an endless stream."""
+        if self.length is None:
+            raise TypeError("the stream is endless")
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where the run is follows from its meta-iteration. Lightning goes on with loaders that have this."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+
 def _worker() -> tuple[int, int]:
     """The number of this loader worker, and how many there are."""
     worker = get_worker_info()
@@ -104,6 +158,7 @@ class EpisodeDataModule(L.LightningDataModule):
 
     partition_settings: ClassVar[frozenset[str]] = frozenset()
     draws_anywhere: ClassVar[bool] = False
+    allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no evaluation task
     keeps_numbers: bool = False
 
     def __init__(
@@ -191,26 +246,31 @@ class EpisodeDataModule(L.LightningDataModule):
                 f"or another number of devices."
             )
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Endless, from the trainer's present meta-iteration on, so that resuming equals not stopping.
+    def train_dataloader(self) -> EpisodeLoader:
+        """Endless; each pass begins at the trainer's present meta-iteration, so that resuming equals not stopping.
 
-        Yields an Episode for each meta-iteration, or lists of them where the model takes several at a time.
+        Yields an Episode for each meta-iteration, or lists of them where the model takes several at a time. With the
+        trainer's `overfit_batches` each epoch has the same meta-batches.
         """
-        start = self.trainer.global_step if self.trainer else 0
-        size = getattr(self.trainer.lightning_module, "meta_iterations_per_step", 1) if self.trainer else 1
         self.check_processes(self.rank_and_world()[1])
-        stream = EpisodeStream(self, "train", self.meta_batch_size, start)
+        return EpisodeLoader(self._training_pass)
+
+    def _training_pass(self) -> DataLoader[Any]:
+        start = self.trainer.global_step if self.trainer else 0
+        repeated = int(getattr(self.trainer, "overfit_batches", 0))
+        size = getattr(self.trainer.lightning_module, "meta_iterations_per_step", 1) if self.trainer else 1
+        stream = EpisodeStream(self, "train", self.meta_batch_size, start % repeated if repeated else start)
         return self._loader(stream if size == 1 else ChunkStream(stream, size))
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> EpisodeLoader:
         """The first `val_tasks` tasks of the validation stream."""
-        return self._loader(EpisodeStream(self, "val", self.eval_tasks_per_batch, tasks=self.val_tasks))
+        return self._evaluation("val", self.val_tasks)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> EpisodeLoader:
         """The first `test_tasks` tasks of the test stream."""
-        return self._loader(EpisodeStream(self, "test", self.eval_tasks_per_batch, tasks=self.test_tasks))
+        return self._evaluation("test", self.test_tasks)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> EpisodeLoader:
         """The same tasks as `test_dataloader`."""
         return self.test_dataloader()
 
@@ -227,6 +287,10 @@ class EpisodeDataModule(L.LightningDataModule):
         if isinstance(batch, Episode):
             return self.preprocessed(batch)
         return batch if self.keeps_numbers else self.draw(batch)
+
+    def _evaluation(self, split: str, tasks: int) -> EpisodeLoader:
+        stream = EpisodeStream(self, split, self.eval_tasks_per_batch, tasks=tasks)
+        return EpisodeLoader(lambda: self._loader(stream), len(stream))
 
     def _loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
         return DataLoader(

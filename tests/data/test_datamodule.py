@@ -1,5 +1,7 @@
+import pickle
 from itertools import islice
 
+import lightning as L
 import pytest
 import torch
 
@@ -68,3 +70,32 @@ def test_on_device_is_refused_where_tasks_are_drawn_elsewhere():
         SinusoidDataModule(on_device=True, num_workers=2)
     with pytest.raises(ValueError, match="on_device=True: Own draws its tasks on the CPU: leave it out"):
         Own(on_device=True)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize(("tasks", "at_once"), [(1, 1), (2, 3), (7, 2), (9, 3), (10, 4), (12, 12), (30, 1)])
+def test_evaluations_know_their_length_in_each_process(monkeypatch, tasks, at_once, world):
+    data = SinusoidDataModule(val_tasks=tasks, eval_tasks_per_batch=at_once)
+    seen = []
+    for rank in range(world):
+        monkeypatch.setattr(data, "rank_and_world", lambda rank=rank: (rank, world))
+        found = numbers(loader := data.val_dataloader(), 99)
+        assert len(loader) == len(found)
+        seen += [number for batch in found for number in batch]
+    assert sorted(seen) == list(range(tasks))
+
+
+def test_training_has_no_length():
+    with pytest.raises(TypeError, match="endless"):
+        len(SinusoidDataModule().train_dataloader())
+
+
+def test_worker_processes_may_be_spawned(monkeypatch):
+    """As on macOS, and by default from Python 3.14 on: the stream reaches them without the trainer."""
+    data = SinusoidDataModule(meta_batch_size=2, num_workers=1)
+    data.trainer = L.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    monkeypatch.setattr(data.trainer, "cannot be pickled", lambda: None, raising=False)
+    stream = pickle.loads(pickle.dumps(EpisodeStream(data, "train", 2, start=3)))
+    assert stream.data.trainer is None
+    assert numbers(stream, 2) == [[6, 7], [8, 9]]
+    assert data.trainer is not None
