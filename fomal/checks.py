@@ -13,6 +13,13 @@ def positive(**values: int) -> None:
             raise ValueError(f"{name}={value} must be at least 1.")
 
 
+def several(**values: int) -> None:
+    """Raise ValueError for the first named number of classes below 2: one alone is always guessed right."""
+    for name, value in values.items():
+        if value < 2:
+            raise ValueError(f"{name}={value} must be at least 2: with one class there is nothing to tell apart.")
+
+
 def nonnegative(**values: float) -> None:
     """Raise ValueError for the first named value that is negative or not a number."""
     for name, value in values.items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomal.checks import nonnegative, positive
+from fomal.checks import nonnegative, positive, several
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.image_format import ImageFormat
@@ -50,7 +50,8 @@ class GlyphDataModule(EpisodeDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        positive(ways=ways, strokes=strokes)
+        several(ways=ways)
+        positive(strokes=strokes)
         nonnegative(wobble=wobble, warp=warp, shift=shift)
         if image_size < SMALLEST:
             raise ValueError(f"image_size={image_size} is too small to write in: use image_size >= {SMALLEST}.")

@@ -16,6 +16,7 @@ from fomal.data.image_format import MAX_PIXELS, Color, Fit, ImageFormat, Resampl
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.data.levels import ValueRange
 from fomal.data.listing import Listed, Listing
+from fomal.data.selection import tell_left_out
 from fomal.data.source import Source
 from fomal.data.store import Store, load_images
 from fomal.output import rank_zero_warn
@@ -97,8 +98,18 @@ class ImageFilesDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Read every file once, and build the cache; once per machine."""
         source, listing = self.find()
-        self.divide(listing.files)  # what is wrong with it is found before hours of decoding
+        tell_left_out(source.label, listing.left_out)
+        self._check_listing(listing)  # what is wrong with it is found before hours of decoding
         self._load_images(source, listing, verify=True)
+
+    def _check_listing(self, listing: Listing) -> None:
+        images = Counter(file.label for file in listing.files)
+        counts = {split: [images[label] for label in labels] for split, labels in self.divide(listing.files).items()}
+        if self.on_error == "skip":  # a small class may vanish, if none of its files can be used
+            most = {split: max(each) for split, each in counts.items()}
+            enough = {split for split in most if most[split] >= sum(self.examples(split))}
+            counts = {split: [most[split]] * len(each) if split in enough else each for split, each in counts.items()}
+        self.check_counts(counts)
 
     def load(self) -> dict[str, ClassImages]:
         """The classes of each split."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fomal.checks import positive
+from fomal.checks import several
 from fomal.data.augment import Drawn, Turned, Variant, augmented
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
@@ -79,7 +79,7 @@ class ImageDataModule(EpisodeDataModule):
     """N-way K-shot tasks from images, which a data set gives in `load`.
 
     Args:
-        ways: classes per task.
+        ways: classes per task, at least 2.
         rotations: each training class turned by 0, 90, 180 and 270 degrees makes four classes.
         new_classes: transforms, e.g. of torchvision's v2, each of which makes a further class of each training class;
             a random one draws once and for all.
@@ -89,10 +89,12 @@ class ImageDataModule(EpisodeDataModule):
 
     Attributes:
         classes: the classes of each split, after `setup`.
+        division_advice: how the user gives a split more classes, for the end of a message.
         image_format: how a user's own image files become such images; None where files mean nothing.
     """
 
     draws_anywhere: ClassVar[bool] = True
+    division_advice: ClassVar[str] = ""
     classes: dict[str, ClassImages]
     image_format: ImageFormat | None = None
 
@@ -106,7 +108,7 @@ class ImageDataModule(EpisodeDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        positive(ways=ways)
+        several(ways=ways)
         self.ways = ways
         self.rotations = rotations
         self.new_classes = new_classes or []
@@ -146,23 +148,39 @@ class ImageDataModule(EpisodeDataModule):
 
     def check_sizes(self) -> None:
         """Raise ValueError unless every split has enough classes, and every class enough images, for a task."""
-        for split, classes in self.classes.items():
-            available = len(classes.first)
-            if self.ways > available:
-                raise ValueError(
-                    f"ways={self.ways} exceeds the {available} classes of the {split} split: use ways <= {available}."
-                )
-            support, query = self.examples(split)
-            smallest = int(classes.counts.min())
-            if support + query > smallest:
-                names = ("train_shots", "train_query_shots") if split == "train" else ("shots", "query_shots")
-                raise ValueError(
-                    f"{names[0]}={support} plus {names[1]}={query} exceeds the {smallest} images that the smallest "
-                    f"class of the {split} split has: use at most {smallest} together."
-                )
+        self.check_counts({split: classes.counts.tolist() for split, classes in self.classes.items()})
+        for classes in self.classes.values():
             height, width = classes.images.shape[-2:]
             if self.rotations and height != width:
                 raise ValueError(f"rotations=True needs square images, not {height} x {width}: leave it out.")
+
+    def check_counts(self, counts: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError unless there are enough classes and images for a task.
+
+        Args:
+            counts: how many images each class of a split has.
+        """
+        for split, images in counts.items():
+            if self.ways > len(images):
+                raise ValueError(self._too_few_classes(split, len(images)))
+            support, query = self.examples(split)
+            smallest = min(images)
+            if support + query > smallest:
+                names = ("train_shots", "train_query_shots") if split == "train" else ("shots", "query_shots")
+                remedy = f"use at most {smallest} together" if smallest > 1 else "give its classes more images"
+                raise ValueError(
+                    f"{names[0]}={support} plus {names[1]}={query} exceeds the {smallest} images that the smallest "
+                    f"class of the {split} split has: {remedy}, or leave such classes out."
+                )
+
+    def _too_few_classes(self, split: str, available: int) -> str:
+        """What to do about a split with fewer classes than a task has."""
+        remedy = f"use ways <= {available}, or give" if available > 1 else "give"
+        plural = "class" if available == 1 else "classes"
+        return (
+            f"ways={self.ways} exceeds the {available} {plural} of the {split} split: {remedy} it more classes"
+            f"{self.division_advice}."
+        )
 
     def episodes(self, split: str, number: Tensor) -> Episode:
         """Tasks `number` of a split, on their device, where the images stay then; uint8 until `preprocess`."""

@@ -1,16 +1,25 @@
-"""Which image file belongs to which class, and to which split where the source says so."""
+"""Which image file belongs to which class, and to which split, by the folders that it lies in."""
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from fomal.data.sampler import SPLITS
+from fomal.data.selection import EVERY, Selection
 from fomal.data.source import Source
+from fomal.output import rank_zero_info
+
+# As the library datasets of Hugging Face has them.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_WORD = "|".join(SPLIT_WORDS)
+_SPLIT = re.compile(rf"({_WORD})[-_. ]?(set|data|split|images)?")
 
 
 class Listed(NamedTuple):
@@ -33,56 +42,107 @@ class Listing(NamedTuple):
     Attributes:
         files: sorted by label and name.
         empty: folders of classes without an image.
+        left_out: the files that are not listed, by name, with a word for the reason.
     """
 
     files: list[Listed]
     empty: list[str]
+    left_out: Mapping[str, str] = {}
 
 
-def by_folders(source: Source) -> Listing:
-    """The class of a file is its folder, below the folders train/, val/ and test/ where the source has those.
+def split_named(name: str) -> str:
+    """The split that a folder or a CSV value names, such as Training or test_set; empty for another name."""
+    found = _SPLIT.fullmatch(name.strip().casefold())
+    return SPLIT_WORDS[found[1]] if found else ""
 
-    Folders that hold nothing but one other folder are passed over.
+
+def split_within(name: str) -> str:
+    """The split of which a word is part of a name, such as seg_train; empty where none or several are."""
+    found = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.casefold()) if word in SPLIT_WORDS}
+    return found.pop() if len(found) == 1 else ""
+
+
+def by_folders(source: Source, selection: Selection = EVERY) -> Listing:
+    """The class of a file is its folder, apart from a folder that names a split, such as train/, Val/ or testing/.
+
+    The folders of splits may lie above those of the classes, or below. Folders that hold nothing but one other folder
+    are passed over.
 
     Raises:
-        ValueError: there are no class folders, or one class lies within another, or two have one name.
+        ValueError: there are no class folders, or one class lies within another, or two have one name; some folders
+            name splits and others do not.
     """
-    images = source.images
+    images, left_out = selection.split(source, source.images)
     outside = [name for name in images if "/" not in name]
     if not images or outside:
         found = f"images outside any folder, e.g. {outside[0]!r}" if outside else "no images"
         raise ValueError(
             f"{source.label} has {found}: put the images of each class into a folder of its name, "
-            f"or name their classes in a CSV file, data.labels."
+            f"or name their classes in a CSV file, labels.{_others(source)}"
         )
-    top = _common_top(source)
-    within = {name: PurePosixPath(name).relative_to(top) for name in images}
-    splits = {path.parts[0] for path in within.values() if len(path.parts) > 2} & set(SPLITS)
-    files = []
-    for name, path in within.items():
-        folder = path.parent.parts
-        split = folder[0] if splits and folder[0] in SPLITS else ""
-        label = "/".join(folder[1:] if split else folder)
-        if splits and (not split or not label):
-            raise ValueError(
-                f"{source.label} has folders {', '.join(sorted(splits))}, but also {name!r}: "
-                f"every image must lie in a class folder of one of them."
-            )
-        files.append(Listed(name, label, split))
+    folders = {name: PurePosixPath(name).parent.parts for name in images}
+    level = _level_of_splits(set(folders.values()), source)
+    splits = dict.fromkeys(images, "")
+    if level is not None:
+        splits = {name: _split_of(parts[level]) for name, parts in folders.items()}
+        folders = {name: parts[:level] + parts[level + 1 :] for name, parts in folders.items()}
+    top = _common_top(set(folders.values()))
+    files = [Listed(name, "/".join(parts[top:]), splits[name]) for name, parts in folders.items()]
     _refuse_nested({file.label for file in files}, source)
-    return _listing(files, _empty_folders(source), source)
+    return listed(files, source, _empty_folders(source, images), {**source.left_out, **left_out})
 
 
-def _common_top(source: Source) -> PurePosixPath:
-    """The deepest folder that all images share, as far as it is no class and no split."""
-    top = PurePosixPath()
-    paths = [PurePosixPath(name).parts for name in source.images]
-    while True:
-        depth = len(top.parts)
-        first = {parts[depth] for parts in paths}
-        if len(first) > 1 or min(map(len, paths)) < depth + 3 or first & set(SPLITS):
-            return top
-        top /= first.pop()
+def _others(source: Source) -> str:
+    """How many other files there are, for a message about images that lack."""
+    return f" It has {len(source.names)} files, e.g. {source.names[0]!r}." if source.names and not source.images else ""
+
+
+def _split_of(folder: str) -> str:
+    return split_named(folder) or split_within(folder)
+
+
+def _level_of_splits(folders: set[tuple[str, ...]], source: Source) -> int | None:
+    """How deep the folders that name splits lie, from 0; None where there are none.
+
+    Raises:
+        ValueError: some of the folders at a level name splits and others do not, or splits have no classes.
+    """
+    depth = min(map(len, folders))
+    for level in range(depth):
+        names = {parts[level] for parts in folders}
+        if all(map(split_named, names)) or (all(map(_split_of, names)) and len({*map(_split_of, names)}) > 1):
+            rest = {parts[:level] + parts[level + 1 :] for parts in folders}
+            if () in rest or (len(rest) == 1 and depth == level + 1):
+                raise ValueError(
+                    f"{source.label} has images directly in folders of splits, {enumerated(sorted(names))}: put those "
+                    f"of each class into a folder of its name there, or name their classes in a CSV file, labels."
+                )
+            return level
+    for level in range(max(map(len, folders)) - 1):  # of folders that hold others
+        holding = sorted({parts[level] for parts in folders if len(parts) > level + 1})
+        named = [name for name in holding if split_named(name)]
+        by_word = [name for name in holding if _split_of(name)]
+        if named or len({*map(_split_of, by_word)}) > 1:
+            shown = named or by_word
+            other = min("/".join(parts) for parts in folders if len(parts) <= level or parts[level] not in shown)
+            raise ValueError(
+                f"{source.label} has folders of splits, {enumerated(shown)}, but also {other!r}: every image must lie "
+                f"in a class folder of one of them; move or rename folders, or name the classes in a CSV file, labels."
+            )
+    lying = sorted({parts[-1] for parts in folders if split_named(parts[-1])})
+    if lying:
+        rank_zero_info(
+            f"{source.label}: {enumerated(lying)} are classes and no splits, since other classes lie beside."
+        )
+    return None
+
+
+def _common_top(folders: set[tuple[str, ...]]) -> int:
+    """How many folders all share, as far as they are no class."""
+    depth = 0
+    while len({parts[: depth + 1] for parts in folders}) == 1 and min(map(len, folders)) > depth + 1:
+        depth += 1
+    return depth
 
 
 def _refuse_nested(labels: set[str], source: Source) -> None:
@@ -95,10 +155,10 @@ def _refuse_nested(labels: set[str], source: Source) -> None:
                 )
 
 
-def _empty_folders(source: Source) -> list[str]:
-    """Folders without any file, and those beside classes that hold none of a known suffix."""
+def _empty_folders(source: Source, images: Sequence[str]) -> list[str]:
+    """Folders without any file, and those beside classes that hold no image."""
     holding, classes = _folders_of(source.names), _folders_of(source.images)
-    beside = {name.rpartition("/")[0].rpartition("/")[0] for name in source.images}
+    beside = {name.rpartition("/")[0].rpartition("/")[0] for name in images}
     return [
         folder
         for folder in source.folders
@@ -112,85 +172,15 @@ def _folders_of(names: Iterable[str]) -> set[str]:
     return nearest | {str(parent) for folder in nearest for parent in PurePosixPath(folder).parents}
 
 
-def by_csv(source: Source, labels: str) -> Listing:
-    """Classes from a CSV file with the columns filename, label and, if wanted, split.
-
-    Args:
-        source: the images; file names are relative to its root or to its folder images/.
-        labels: path of the CSV file, absolute or relative to a source that is a folder.
+def listed(files: Iterable[Listed], source: Source, empty: Sequence[str], left_out: Mapping[str, str]) -> Listing:
+    """Sorted, and class names in one normal form; classes that differ in nothing else are refused.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it lacks a column or has a row that cannot be used.
+        ValueError: there are such classes.
     """
-    path = Path(labels).expanduser()
-    if not path.is_file() and (below := Path(source.where).expanduser() / path).is_file():
-        path = below
-    if not path.is_file():
-        raise FileNotFoundError(f"labels={labels!r} is neither a file nor one in {source.label}.")
-    return read_csv(source, path.read_bytes(), str(path))
-
-
-def read_csv(source: Source, content: bytes, where: str, split: str = "", below: str = "") -> Listing:
-    """As `by_csv`, from the file's content.
-
-    Args:
-        source: the images.
-        content: of the CSV file.
-        where: what to call it in messages.
-        split: of all rows, where the file has no column for it.
-        below: folder of the source that has the file; names are relative to it, to the one that it lies in, or to a
-            folder images/ in either.
-    """
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"labels={where!r} is not a CSV file in UTF-8: {error}") from error
-    lacking = [column for column in ("filename", "label") if column not in (reader.fieldnames or ())]
-    if lacking:
-        raise ValueError(f"labels={where!r} has no {' and no '.join(lacking)}: give it the columns filename,label.")
-    top = _csv_top(source, [row["filename"] or "" for _, row in rows], below)
-    files = []
-    for number, row in rows:
-        name, label, part = row["filename"], row["label"], row.get("split") or split
-        if not name or not label or not label.strip() or None in row:
-            raise ValueError(f"labels={where!r}, line {number}: it needs a filename and a label.")
-        if part and part not in SPLITS:
-            raise ValueError(f"labels={where!r}, line {number}: split {part!r} is none of {', '.join(SPLITS)}.")
-        files.append(Listed(top + name, label.strip(), part))
-    if len({bool(file.split) for file in files}) > 1:
-        raise ValueError(f"labels={where!r} gives some rows a split and others none: fill the column, or leave it out.")
-    return _listing(_known(files, source, where), [], source)
-
-
-def _csv_top(source: Source, names: list[str], below: str) -> str:
-    """The folder that the file names are relative to: that which has most of them."""
-    there, folder = set(source.names), PurePosixPath(below)
-    folders = (folder, folder / "images", folder.parent, folder.parent / "images")
-    tops = ["" if top == PurePosixPath() else f"{top}/" for top in folders]
-    return max(tops, key=lambda top: sum(top + name in there for name in names))
-
-
-def _known(files: list[Listed], source: Source, where: str) -> list[Listed]:
-    """The files, if they all exist and each is named once."""
-    there, seen = set(source.names), dict[str, Listed]()
-    for file in files:
-        before = seen.setdefault(file.name, file)
-        if before is not file:
-            raise ValueError(
-                f"labels={where!r} names {file.name!r} twice, as {before.label!r} and as {file.label!r}: keep one row."
-            )
-    missing = [file.name for file in files if file.name not in there]
-    if missing:
-        raise ValueError(f"labels={where!r} names files that {source.label} lacks: {enumerated(missing)}.")
-    return files
-
-
-def _listing(files: list[Listed], empty: list[str], source: Source) -> Listing:
-    """Sorted, and class names in one normal form; classes that differ in nothing else are refused."""
     spellings: dict[str, str] = {}
-    for i, file in enumerate(files):
+    composed = []
+    for file in files:
         label = normal(file.label)
         before = spellings.setdefault(label, file.label)
         if before != file.label:
@@ -198,13 +188,15 @@ def _listing(files: list[Listed], empty: list[str], source: Source) -> Listing:
                 f"{source.label} has two classes with one name, {label!r}, which differ in how its letters are "
                 f"encoded ({before!a} and {file.label!a}): put their images into one."
             )
-        files[i] = file._replace(label=label)
-    return sorted_listing(files, empty)
+        composed.append(file._replace(label=label))
+    return sorted_listing(composed, empty, left_out)
 
 
-def sorted_listing(files: Iterable[Listed], empty: Sequence[str] = ()) -> Listing:
+def sorted_listing(
+    files: Iterable[Listed], empty: Sequence[str] = (), left_out: Mapping[str, str] | None = None
+) -> Listing:
     """The files in the order that `Listing` has them."""
-    return Listing(sorted(files, key=lambda file: (file.label, file.name)), list(empty))
+    return Listing(sorted(files, key=lambda file: (file.label, file.name)), list(empty), left_out or {})
 
 
 def normal(name: str) -> str:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fomal.data.cache import cache_folder, read_arrays, write_arrays
 from fomal.data.image_files import ImageFilesDataModule
 from fomal.data.image_format import Fit
-from fomal.data.listing import Listed, Listing, by_folders, enumerated, read_csv, sorted_listing
+from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing, split_named
+from fomal.data.manifest import Manifest, read_manifests
 from fomal.data.partition import partition
 from fomal.data.pickles import load_pickle
 from fomal.data.sampler import SPLITS
@@ -83,7 +84,7 @@ class MiniImageNetDataModule(ImageFilesDataModule):
             source, listing = read_pickles(_pickles(path), self.cache_dir)
         else:
             source = open_source(self.root)
-            listing = by_folders(source) if form == "folders" else _by_three_csvs(source)
+            listing = by_folders(source) if form == "folders" else _by_three_csvs(source, self.on_error)
         check_counts(self.root, listing.files)
         return source, listing
 
@@ -116,7 +117,14 @@ def find_form(path: Path) -> str | None:
     names = open_source(str(path)).names
     if all(_csv_of(names, split) for split in SPLITS):
         return "csv"
-    return "folders" if all(any(split in name.split("/")[:-2] for name in names) for split in SPLITS) else None
+    return "folders" if _split_folders(names) == list(SPLITS) else None
+
+
+def _split_folders(names: Sequence[str]) -> list[str]:
+    """The splits that have folders with folders in them."""
+    parts = {part for name in names for part in name.split("/")[:-2]}
+    found = set(map(split_named, parts))
+    return [split for split in SPLITS if split in found]
 
 
 def _incomplete(path: Path) -> str:
@@ -131,7 +139,7 @@ def _incomplete(path: Path) -> str:
     tables = [split for split in SPLITS if _csv_of(names, split)]
     if tables:
         return f"has a CSV file of {', '.join(tables)} alone"
-    folders = [split for split in SPLITS if any(split in name.split("/")[:-2] for name in names)]
+    folders = _split_folders(names)
     return f"has the folder {', '.join(folders)} alone" if folders else ""
 
 
@@ -140,16 +148,16 @@ def _csv_of(names: Sequence[str], split: str) -> str | None:
     return min(tables, key=len, default=None)
 
 
-def _by_three_csvs(source: Source) -> Listing:
-    files: list[Listed] = []
+def _by_three_csvs(source: Source, on_error: str) -> Listing:
+    manifests = []
     for split in SPLITS:
         table = _csv_of(source.names, split)
         assert table is not None  # find_form has seen it
         content = source.read(table)
         assert isinstance(content, bytes)  # of a file
-        where = f"{source.where}/{table}"
-        files += read_csv(source, content, where, split, below=table.rpartition("/")[0]).files
-    return sorted_listing(files)
+        where = f"labels={f'{source.where}/{table}'!r}"
+        manifests.append(Manifest(content, where, split, below=table.rpartition("/")[0]))
+    return read_manifests(source, manifests, on_error=on_error)
 
 
 def _pickles(folder: Path) -> dict[str, Path]:

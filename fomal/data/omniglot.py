@@ -39,6 +39,7 @@ class OmniglotDataModule(ImageDataModule):
         kwargs: see `ImageDataModule`.
     """
 
+    division_advice = ", by data.train_classes and data.val_classes"
     partition_settings = frozenset({"partition", "partition_seed", "train_classes", "val_classes", "rotations"})
     characters: dict[str, list[str]]
 

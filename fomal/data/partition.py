@@ -10,6 +10,7 @@ from typing import Literal
 
 from fomal.data.listing import Listed, enumerated, normal
 from fomal.data.sampler import SPLITS, shuffled
+from fomal.output import rank_zero_warn
 
 How = Literal["auto", "given", "lists", "share"]
 ClassList = Sequence[str] | str | None
@@ -101,13 +102,14 @@ def _shared(names: list[str], shares: tuple[float, float], seed: int) -> dict[st
     if val + test >= len(names):
         raise ValueError(
             f"val_share={shares[0]} and test_share={shares[1]} leave none of the {len(names)} classes for training: "
-            f"use smaller shares."
+            f"use smaller shares, of which 0 leaves a split out, or lists of classes, or give more classes."
         )
     order = [names[i] for i in shuffled(seed, len(names)).tolist()]
     return {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}
 
 
 def _refuse_overlap(splits: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError for a class in two splits; warn of classes whose names differ in capitals alone."""
     for i, split in enumerate(SPLITS):
         for other in SPLITS[i + 1 :]:
             both = sorted(set(splits.get(split, ())) & set(splits.get(other, ())))
@@ -116,4 +118,12 @@ def _refuse_overlap(splits: Mapping[str, Sequence[str]]) -> None:
                     f"the splits {split} and {other} have the same classes, {enumerated(both)}, but a few-shot learner "
                     f"is tested on classes it has not seen: use data.split: share, which divides the classes of all "
                     f"folders anew, or lists of classes."
+                )
+            spellings = {name.casefold(): name for name in splits.get(split, ())}
+            alike = [name for name in splits.get(other, ()) if name.casefold() in spellings]
+            if alike:
+                pairs = enumerated(f"{spellings[name.casefold()]} and {name}" for name in alike)
+                rank_zero_warn(
+                    f"the splits {split} and {other} have classes whose names differ in capitals alone, {pairs}: if "
+                    f"they are the same, give them one name."
                 )

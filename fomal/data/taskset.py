@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import Omniglot, omniglot
 from torchvision.datasets.utils import check_integrity
 
-from fomal.checks import nonnegative, one_of, positive
+from fomal.checks import nonnegative, one_of, positive, several
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS, task_words
@@ -90,7 +90,7 @@ class TasksetDataModule(EpisodeDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        positive(ways=ways)
+        several(ways=ways)
         nonnegative(partition_seed=partition_seed)
         if num_tasks is not None:
             positive(num_tasks=num_tasks)

@@ -127,7 +127,7 @@ def test_difficulty_is_what_it_was_and_follows_its_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ways": 0}, "ways=0 must be at least 1"),
+        ({"ways": 1}, "ways=1 must be at least 2: with one class there is nothing to tell apart"),
         ({"strokes": 0}, "strokes=0 must be at least 1"),
         ({"image_size": 8}, "image_size=8 is too small to write in: use image_size >= 14"),
         ({"wobble": -0.1}, "wobble=-0.1 must not be negative"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,8 @@ from fomal.cli import main
 from fomal.cli.checkpoint import refuse_differences
 from fomal.cli.errors import UsageError
 from fomal.data import ImageFolderDataModule
-from tests.pictures import write_images, zipped
+from fomal.data.image_format import ImageFormat
+from tests.pictures import encoded, picture, write_images, zipped
 
 SPLITS = {"train": ("ant", "bee", "cat", "dog"), "val": ("elk", "fox"), "test": ("gnu", "hen", "ibis")}
 SMALL = {"ways": 2, "shots": 2, "query_shots": 1, "train_query_shots": 1, "image_size": 8, "meta_batch_size": 3}
@@ -137,10 +139,39 @@ def test_size_colour_and_values_follow_the_settings(folders: Path, make: Callabl
     assert same(ready(plain).episodes("val", numbers), colour.episodes("val", numbers))  # one cache serves both
 
 
+def test_tables_and_patterns_are_settings(folders: Path, make: Callable, tmp_path: Path, fails: Callable) -> None:
+    """Read from the command line too, the table in Latin-1 and with semicolons; masks lie beside the pictures."""
+    root = shutil.copytree(folders, tmp_path / "images")
+    rows = ["Bild;Art;Teil"]
+    for path in sorted(root.rglob("*.png")):
+        split, label, name = path.relative_to(root).parts
+        path.with_name(f"{path.stem}_mask.png").write_bytes(encoded(picture(f"mask {path}")))
+        rows.append(f"{split}\\{label}\\{name};ä{label};{'Validation' if split == 'val' else split}")
+    (tmp_path / "list.csv").write_text("\n".join([*rows, "gone;x;test"]), "latin-1")
+    columns = {"file_column": "bild", "label_column": "art", "split_column": "teil", "encoding": "latin-1"}
+    given = {"labels": str(tmp_path / "list.csv"), **columns}
+    with pytest.raises(ValueError, match="1 rows that cannot be used: 1 name files that .* lacks \\('gone'\\)"):
+        make(root, **given).prepare_data()
+    with pytest.warns(UserWarning, match="1 rows that cannot be used: .*: they are left out"):
+        by_table = ready(make(root, on_error="skip", **given))
+    by_folders, plain = ready(make(root, exclude="*_mask.*")), ready(make())
+    assert by_folders.class_names == plain.class_names == {split: list(labels) for split, labels in SPLITS.items()}
+    assert by_table.class_names == {split: [f"ä{label}" for label in labels] for split, labels in SPLITS.items()}
+    for split in SPLITS:
+        numbers = torch.arange(20)
+        assert same(by_folders.episodes(split, numbers), plain.episodes(split, numbers))
+        assert same(by_table.episodes(split, numbers), plain.episodes(split, numbers))
+    settings = [f"--data.{key}={value}" for key, value in given.items() if key != "encoding"]
+    message = fails("fit", "--config", config(root, tmp_path), *settings, code=1)
+    assert "is not text in utf-8: save it in UTF-8, or set encoding, e.g. to cp1252" in message
+    settings += ["--data.encoding=latin-1", "--data.on_error=skip"]
+    with pytest.warns(UserWarning, match="they are left out"):
+        cli = main(["fit", "--config", config(root, tmp_path), *settings])
+    assert cli.datamodule.class_names == by_table.class_names
+
+
 def test_a_share_does_not_depend_on_the_seed_of_the_tasks(folders: Path, make: Callable) -> None:
-    data = [
-        ready(make(split="share", ways=1, seed=seed, partition_seed=part)) for seed, part in ((0, 0), (1, 0), (0, 1))
-    ]
+    data = [ready(make(split="share", seed=seed, partition_seed=part)) for seed, part in ((0, 0), (1, 0), (0, 1))]
     names = [module.class_names for module in data]
     assert sorted(len(labels) for labels in names[0].values()) == [2, 2, 5]
     assert sorted(sum(names[0].values(), [])) == sorted(sum(map(list, SPLITS.values()), []))
@@ -154,7 +185,7 @@ def test_a_share_does_not_depend_on_the_seed_of_the_tasks(folders: Path, make: C
 def damaged(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """Folders with one file of each fault, and what must be said of it."""
     root = write_images(tmp_path / "damaged", dict.fromkeys(("ant", "bee", "cat", "dog", "elk"), 5))
-    write_images(root, {"bad": 2, "empty": 0})
+    write_images(root, {"bad": 3, "empty": 0})
     (root / "ant/00.png").write_bytes((root / "ant/00.png").read_bytes()[:60])
     (root / "bee/01.png").unlink()
     os.mkfifo(root / "bee/01.png")
@@ -162,7 +193,7 @@ def damaged(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     (root / "cat/twin.png").write_bytes((root / "dog/03.png").read_bytes())
     (root / "dog/twin.png").write_bytes((root / "dog/04.png").read_bytes())  # twice in one class: no fault
     (root / "elk/04.png").write_bytes(b"")
-    for number in range(2):
+    for number in range(3):
         (root / f"bad/{number:02}.png").write_bytes(b"GIF89a")
     return root, {
         "ant/00.png": r"ant/00.png \(damaged: ",
@@ -173,6 +204,7 @@ def damaged(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         "elk/04.png": r"elk/04.png \(",
         "bad/00.png": r"bad/00.png \(",
         "bad/01.png": r"bad/01.png \(",
+        "bad/02.png": r"bad/02.png \(",
         "bad": r"bad \(a class without images\)",
         "empty": r"empty \(a class without images\)",
     }
@@ -249,13 +281,37 @@ def test_nothing_usable_and_no_folder_at_all(make: Callable, tmp_path: Path) -> 
             {"train_shots": 9},
             r"^train_shots=9 plus train_query_shots=1 exceeds the 4 images that the smallest class of",
         ),
-        ({"ways": 3}, r"^ways=3 exceeds the 2 classes of the val split: use ways <= 2"),
-        ({"image_size": (4, 8), "rotations": True}, r"^rotations=True needs square images, not 4 x 8"),
+        (
+            {"ways": 3},
+            r"^ways=3 exceeds the 2 classes of the val split: use ways <= 2, or give it more classes, by data.val_",
+        ),
+        (
+            {"split": "share", "val_share": 0.1},
+            r"^ways=2 exceeds the 1 class of the val split: give it more classes, by data.val_share and "
+            r"data.test_share or by lists of classes, e.g. data.test_classes\.$",
+        ),
+        (
+            {"split": "lists", "train_classes": ["ant"]},
+            r"^ways=2 exceeds the 1 class of the train split: give it more classes, by",
+        ),
     ],
 )
-def test_classes_too_small_for_a_task(settings: dict[str, Any], message: str, make: Callable) -> None:
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_classes_too_small_for_a_task_are_found_before_pictures_are_decoded(
+    settings: dict[str, Any], message: str, on_error: str, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "shots" not in settings or on_error == "raise":  # a class of one size more may lose it with a damaged file
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFormat, "decode", None)
+            with pytest.raises(ValueError, match=message):
+                make(on_error=on_error, **settings).prepare_data()
     with pytest.raises(ValueError, match=message):
-        make(**settings).setup()
+        make(on_error=on_error, **settings).setup()
+
+
+def test_rotations_need_squares(make: Callable) -> None:
+    with pytest.raises(ValueError, match=r"^rotations=True needs square images, not 4 x 8"):
+        make(image_size=(4, 8), rotations=True).setup()
 
 
 @pytest.mark.parametrize(
@@ -263,6 +319,9 @@ def test_classes_too_small_for_a_task(settings: dict[str, Any], message: str, ma
     [
         ({"split": "random"}, "split='random' is unknown: use one of auto, given, lists, share"),
         ({"on_error": "ignore"}, "on_error='ignore' is unknown: use one of raise, skip"),
+        ({"ways": 1}, "ways=1 must be at least 2: with one class there is nothing to tell apart"),
+        ({"separator": ",,"}, "separator=',,' is no separator"),
+        ({"encoding": "utf-9"}, "encoding='utf-9' is unknown"),
         ({"val_share": -0.1}, "val_share=-0.1 must not be negative"),
         ({"cache_gb": -1}, "cache_gb=-1 must not be negative"),
         ({"image_size": 0}, "height=0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""Which file belongs to which class and split, by folders and by CSV."""
+"""Which file belongs to which class and split, by folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fomal.data.listing import Listed, Listing, by_csv, by_folders, enumerated
+from fomal.data.listing import Listed, Listing, by_folders, enumerated, split_named, split_within
+from fomal.data.selection import Selection, tell_left_out
 from fomal.data.source import Source, open_source
 from tests.pictures import zipped
 
@@ -41,6 +42,17 @@ LAYOUTS = {
     "uneven": {"pear": ("pear", ""), "nuts/hazel": ("nuts/hazel", "")},
     "a class named train": {"fruit/train": ("train", ""), "fruit/pear": ("pear", ""), "fruit/test": ("test", "")},
     "a class named train in a split": {"train/train": ("train", "train"), "val/test": ("test", "val")},
+    "other names of splits": {
+        "Training/pear": ("pear", "train"),
+        "valid/fig": ("fig", "val"),
+        "dev/kiwi": ("kiwi", "val"),
+        "TEST_set/apple": ("apple", "test"),
+        "evaluation/plum": ("plum", "test"),
+    },
+    "words of splits": {"seg_train/pear": ("pear", "train"), "seg_test/fig": ("fig", "test")},
+    "splits below classes": {"pear/train": ("pear", "train"), "fig/Test": ("fig", "test")},
+    "splits between": {"Greek/train/a": ("Greek/a", "train"), "Latin/Validation/b": ("Latin/b", "val")},
+    "a word of one split alone": {"dev tools/saw": ("dev tools/saw", ""), "food/fig": ("food/fig", "")},
     "one class in two splits": {"train/pear": ("pear", "train"), "test/pear": ("pear", "test")},
 }
 
@@ -55,7 +67,8 @@ def test_a_file_belongs_to_the_folder_it_lies_in(
     root = tree(tmp_path / "tree", *names, *ignored)
     listing = by_folders(open_source(str(zipped(root, tmp_path / "tree.zip") if as_zip else root)))
     expected = [Listed(name, *layout[name.rpartition("/")[0]]) for name in names]
-    assert listing == Listing(sorted(expected, key=lambda file: (file.label, file.name)), [])
+    assert listing[:2] == Listing(sorted(expected, key=lambda file: (file.label, file.name)), [])[:2]
+    assert listing.left_out == {"README.md": ".md"}
 
 
 @pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
@@ -72,8 +85,13 @@ def test_folders_without_an_image_are_listed(as_zip: bool, tmp_path: Path) -> No
     [
         (["1.png", "pear/1.png"], r"has images outside any folder, e.g. '1.png': put the images of each class into a"),
         (["notes.txt"], r"has no images: put the images of each class into a folder of its name, or name their"),
-        (["train/pear/1.png", "train/2.png"], r"has folders train, but also 'train/2.png': every image must lie in a"),
-        (["test/a/1.png", "train/a/1.png", "b/1.png"], r"has folders test, train, but also 'b/1.png': every image"),
+        (["train/pear/1.png", "train/2.png"], r"has images directly in folders of splits, 'train': put those of each"),
+        (["train/1.png", "Val/1.png"], r"has images directly in folders of splits, 'Val', 'train': put those of each"),
+        (["x/train/1.png", "x/test/1.png"], r"has images directly in folders of splits, 'test', 'train': put those"),
+        (["test/a/1.png", "train/a/1.png", "b/1.png"], r"has folders of splits, 'test', 'train', but also 'b': every"),
+        (["training/a/1.png", "foo/b/1.png"], r"has folders of splits, 'training', but also 'foo/b': every image"),
+        (["a/train/x/1.png", "b/c/y/1.png"], r"has folders of splits, 'train', but also 'b/c/y': every image"),
+        (["s_train/a/1.png", "s_test/b/1.png", "s_pred/1.png"], r"has folders of splits, 's_test', 's_train', but als"),
         (["a/1.png", "a/old/2.png"], r"has images in 'a' and in 'a/old' within it: move them, so that each class"),
         (["train/a/1.png", "train/a/x/y/2.png"], r"has images in 'a' and in 'a/x/y' within it: move them"),
     ],
@@ -83,61 +101,57 @@ def test_folders_that_leave_the_class_open_are_refused(names: list[str], message
         by_folders(source(tmp_path, *names))
 
 
-# -- CSV
+def test_what_names_a_split() -> None:
+    for split, names in {
+        "train": ("train", "Training", " TRAIN ", "trainset", "train-data", "training_set"),
+        "val": ("val", "valid", "Validation", "dev", "val_images"),
+        "test": ("test", "TESTING", "eval", "evaluation", "Test Set"),
+        "": ("tests", "trainer", "seg_train", "pred", "", "set", "retrain"),
+    }.items():
+        assert {split_named(name) for name in names} == {split}
+    assert [split_within(name) for name in ("seg_train", "x.Val.1", "train_test", "strain")] == ["train", "val", "", ""]
 
 
-def csv(folder: Path, text: str, encoding: str = "utf-8") -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "labels.csv").write_bytes(text.encode(encoding))
-    return str(folder / "labels.csv")
+def test_classes_beside_others_may_be_called_as_splits_are_but_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        by_folders(source(tmp_path, "pear/1.png", "train/1.png", "test/2.png"))
+    assert "'test', 'train' are classes and no splits" in caplog.text + capsys.readouterr().err
 
 
-def test_a_csv_names_classes_and_splits(tmp_path: Path) -> None:
-    root = tree(tmp_path / "root", "a.png", "b, c.png", "sub/d.png", "not named.png")
-    text = 'split,label,filename,remark\r\ntest," pear ","b, c.png",x\r\ntrain,é,a.png,\r\nval,fig,sub/d.png,\r\n'
-    expected = [Listed("sub/d.png", "fig", "val"), Listed("b, c.png", "pear", "test"), Listed("a.png", "é", "train")]
-    outside = csv(tmp_path / "elsewhere", text, "utf-8-sig")
-    assert by_csv(open_source(str(root)), outside) == Listing(expected, [])
-    assert by_csv(open_source(str(zipped(root, tmp_path / "root.zip"))), outside) == Listing(expected, [])
-    csv(root, text)
-    assert by_csv(open_source(str(root)), "labels.csv") == Listing(expected, [])
+def test_patterns_say_which_images_are_meant(tmp_path: Path) -> None:
+    """Masks may lie beside the pictures, or in a folder within."""
+    names = ["a/1.JPG", "a/1_mask.png", "a/masks/1.jpg", "b/2.jpg", "b/2_Mask.png", "c/3.png", "masks/4.jpg"]
+    root = source(tmp_path, *names, "a/notes.txt")
+    listing = by_folders(root, Selection.of("*.jpg", ["*masks/*"]))
+    assert listing.files == [Listed("a/1.JPG", "a"), Listed("b/2.jpg", "b")]
+    assert listing.empty == []
+    excluded, other = "that exclude names", "that include does not name"
+    assert listing.left_out == {
+        **{"a/notes.txt": ".txt", "a/1_mask.png": other, "b/2_Mask.png": other, "c/3.png": other},
+        **{"a/masks/1.jpg": excluded, "masks/4.jpg": excluded},
+    }
+    assert len(by_folders(root, Selection.of(None, ["*_mask.*", "*/masks/*", "masks/*"])).files) == 3
+    with pytest.raises(ValueError, match=r"^include=\['\*.jpeg'\] and exclude=\[\] leave none of the 7 images in"):
+        by_folders(root, Selection.of(["*.jpeg"], None))
+    with pytest.warns(UserWarning, match=r"^exclude: '\*_msk.\*' matches no image in root="):
+        by_folders(root, Selection.of("*.jpg", ["*_msk.*", "*masks/*"]))
+    with pytest.raises(ValueError, match="^exclude: '' is no pattern"):
+        Selection.of(None, [""])
+    with pytest.raises(TypeError, match="^include: 3 is no pattern"):
+        Selection.of([3], None)  # type: ignore[list-item]
 
 
-def test_the_images_of_a_csv_may_lie_below_images(tmp_path: Path) -> None:
-    root = tree(tmp_path, "images/a.png", "images/b.png", "a.png")  # the last by chance
-    listing = by_csv(open_source(str(root)), csv(tmp_path, "filename,label\na.png,x\nb.png,y\n"))
-    assert listing.files == [Listed("images/a.png", "x"), Listed("images/b.png", "y")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("filename,class\na.png,x\n", "has no label: give it the columns filename,label"),
-        ("a.png,x\nb.png,y\n", "has no filename and no label: give it the columns"),
-        ("", "has no filename and no label"),
-        ("filename,label\na.png,x\nb.png, \n", "line 3: it needs a filename and a label"),
-        ("filename,label\n\na.png,x\n\nb.png\n", "line 5: it needs a filename and a label"),
-        ("filename,label\n,x\n", "line 2: it needs a filename"),
-        ("filename,label\na.png,x,train\n", "line 2: it needs a filename"),
-        ("filename,label,split\na.png,x,train\nb.png,y,dev\n", "line 3: split 'dev' is none of train, val, test"),
-        ("filename,label,split\na.png,x,train\nb.png,y,\n", "gives some rows a split and others none: fill the column"),
-        ("filename,label\na.png,x\nb.png,y\na.png,z\n", "names 'a.png' twice, as 'x' and as 'z': keep one row"),
-        ("filename,label\nc.png,x\nb.png,y\n../b.png,x\n", "names files that root=.* lacks: 'c.png', '../b.png'"),
-    ],
-)
-def test_a_csv_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    root = tree(tmp_path / "root", "a.png", "b.png")
-    path = csv(tmp_path, text)
-    with pytest.raises(ValueError, match=f"^labels='{path}'.*{message}"):
-        by_csv(open_source(str(root)), path)
-
-
-def test_a_csv_in_another_encoding_or_nowhere_is_refused(tmp_path: Path) -> None:
-    root = open_source(str(tree(tmp_path / "root", "a.png")))
-    with pytest.raises(ValueError, match="is not a CSV file in UTF-8"):
-        by_csv(root, csv(tmp_path, "filename,label\na.png,é\n", "latin1"))
-    with pytest.raises(FileNotFoundError, match=r"^labels='no.csv' is neither a file nor one in root='.*root'"):
-        by_csv(root, "no.csv")
+def test_what_is_left_out_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = source(tmp_path, "a/1.png", "a/1.txt", "a/2.txt", "b/x", "b/1.csv", "b/2.png")
+    with caplog.at_level("INFO"):
+        tell_left_out(root.label, by_folders(root, Selection.of(None, "2.*")).left_out)
+    said = caplog.text + capsys.readouterr().err
+    expected = "2 .txt (e.g. 'a/1.txt'), 1 .csv (e.g. 'b/1.csv'), 1 no suffix (e.g. 'b/x'), 1 that exclude names (e.g."
+    assert f"{root.label} has files that are left out: {expected}" in said
 
 
 # -- names
@@ -153,9 +167,6 @@ def test_names_that_differ_in_their_normal_form_alone_are_refused(tmp_path: Path
     )
     with pytest.raises(ValueError, match=message):
         by_folders(source(tmp_path / "two", f"{composed}/1.png", f"{decomposed}/2.png"))
-    path = csv(tmp_path, f"filename,label\n1.png,{decomposed}\n2.png,{composed}\n")
-    with pytest.raises(ValueError, match=message):
-        by_csv(source(tmp_path / "csv", "1.png", "2.png"), path)
 
 
 def test_long_lists_are_cut() -> None:

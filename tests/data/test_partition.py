@@ -50,6 +50,12 @@ def test_a_class_in_two_splits_is_refused(how: str) -> None:
     assert partition(both, "auto", {"train": ["b"], "test": ["a"]}) == {"train": ["b"], "val": ["b"], "test": ["a"]}
 
 
+def test_classes_of_two_splits_that_differ_in_capitals_alone_are_said() -> None:
+    both = [*files("Pear", "fig", split="train"), *files("pear", split="test")]
+    with pytest.warns(UserWarning, match="train and test have classes whose names differ in capitals alone, 'Pear"):
+        partition(both)
+
+
 # -- by lists
 
 

@@ -213,7 +213,7 @@ TASK = (torch.zeros(6, 2), torch.tensor([0, 0, 0, 1, 1, 1]))
         ),
         ({"benchmark": "cub"}, ValueError, "benchmark='cub' is unknown: use one of omniglot"),
         ({"benchmark": "fc100", "num_tasks": 0}, ValueError, "num_tasks=0 must be at least 1"),
-        ({"benchmark": "fc100", "ways": 0}, ValueError, "ways=0 must be at least 1"),
+        ({"benchmark": "fc100", "ways": 1}, ValueError, "ways=1 must be at least 2: with one class"),
         ({"benchmark": "omniglot", "partition_seed": -1}, ValueError, "partition_seed=-1 must not be negative"),
         ({"tasksets": {"dev": [TASK]}}, ValueError, "split='dev' is unknown: use one of train, val, test"),
         ({"tasksets": {"val": 3}}, TypeError, r"tasksets\['val'\] is a int: give a learn2learn Taskset, or an object"),
