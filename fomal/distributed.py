@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import atexit
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from typing import Any
+from datetime import timedelta
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fomal.checks import first_line
+
+if TYPE_CHECKING:  # it takes seconds
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
 def processes() -> int:
@@ -37,6 +42,83 @@ def together() -> Iterator[None]:
             f"process {dist.get_rank()}: another of the {processes()} processes ended, or cannot be reached: see what "
             f"it said; `--ckpt_path last` goes on from the last checkpoint. ({first_line(error)})"
         ) from error
+
+
+@contextmanager
+def in_company() -> Iterator[None]:
+    """Around a whole run: as `together`, for what torch's own calls raise, in data preparation and setup too.
+
+    Raises:
+        RuntimeError: another process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not str(frames[-1].f_globals.get("__name__")).startswith("torch.distributed"):
+            raise
+        with together():
+            raise
+
+
+START_SECONDS = 300.0
+"""How long processes wait for each other to start, unless FOMAL_START_SECONDS says otherwise."""
+
+
+def meet_first(strategy: Any) -> None:
+    """Let a strategy of Lightning's wait for all processes for `START_SECONDS` at most, before their group is made.
+
+    The group itself waits for half an hour, at its start as in each step, and then does not say for whom.
+    """
+    if hasattr(strategy, "set_world_ranks"):  # those that train in several processes
+        strategy.setup_environment = partial(_meet_and_make, strategy)
+
+
+def _meet_and_make(strategy: Any) -> None:
+    strategy.set_world_ranks()
+    if strategy.cluster_environment is not None:
+        meet(strategy.cluster_environment)
+    type(strategy).setup_environment(strategy)
+
+
+def meet(environment: ClusterEnvironment) -> None:
+    """Wait until all processes of a cluster have started.
+
+    Raises:
+        RuntimeError: some have not come within the time.
+    """
+    rank, world = environment.global_rank(), environment.world_size()
+    if world == 1 or dist.is_initialized():
+        return
+    seconds = float(os.environ.get("FOMAL_START_SECONDS", START_SECONDS))
+    served = rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    about = f"{environment.main_address}:{environment.main_port}"
+    came: list[int] = []
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined] # which its stubs leave out
+            environment.main_address,
+            environment.main_port,
+            world,
+            not served,
+            timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        # A launcher that starts all anew keeps its store, so each start has keys of its own.
+        start = f"fomal/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store.set(f"{start}/{rank}", "here")
+        for other in range(world):
+            store.wait([f"{start}/{other}"])
+            came.append(other)
+        _KEPT.append(store)  # the others may still be asking
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank}: process {len(came)} of the {world} has not come to {about}, in {seconds:g} seconds at "
+            f"most: see what it said, or set FOMAL_START_SECONDS to wait longer. ({first_line(error)})"
+        ) from error
+
+
+_KEPT: list[Any] = []
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -37,3 +38,23 @@ class Handlers:
 def leave(number: int, frame: FrameType | None) -> NoReturn:
     """End the process in order, with the exit code that shells give `number`."""
     raise SystemExit(128 + number)
+
+
+def at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process now, without a word, with the exit code that shells give `number`."""
+    os._exit(128 + number)
+
+
+def in_order(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process in order, so that unfinished files are removed; the next signal ends it at once."""
+    listen(at_once)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    leave(number, frame)
+
+
+def listen(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Handle Ctrl-C and SIGTERM, but for Ctrl-C where it is ignored, as in the background of a script."""
+    signal.signal(signal.SIGTERM, handler)  # the first process of a container has no default
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)

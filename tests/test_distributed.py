@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
-from fomal.distributed import gather, leave_at_exit, refuse_disagreement, sum_over_processes, together
+from fomal.distributed import (
+    gather,
+    in_company,
+    leave_at_exit,
+    meet,
+    refuse_disagreement,
+    sum_over_processes,
+    together,
+)
 from tests.processes import Group
 
 
@@ -63,6 +72,39 @@ def lose_one() -> None:
 def test_a_process_that_is_gone_is_said_plainly(tmp_path: Path) -> None:
     group = Group(2, lose_one, out=tmp_path)
     assert group.wait(30) == [7, -signal.SIGKILL], group.said()
+    assert "process 0: another of the 2 processes ended, or cannot be reached: see what it said" in group.said()
+
+
+def start(missing: bool) -> None:
+    """As a run starts, in which process 1 never comes, or is killed while data are prepared."""
+    rank, started = int(os.environ["RANK"]), time.monotonic()
+    if missing and rank:
+        return
+    try:
+        with in_company():
+            meet(TorchElasticEnvironment())
+            joined()
+            dist.barrier()
+            print("all there")
+            if rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.barrier()
+    except RuntimeError as error:
+        print(f"after {time.monotonic() - started:.0f} s: {error}")
+        sys.exit(7)
+
+
+def test_a_process_that_never_starts_is_not_waited_for_half_an_hour(tmp_path: Path) -> None:
+    group = Group(2, start, True, out=tmp_path, environment={"FOMAL_START_SECONDS": "2"})
+    assert group.wait(30) == [7, 0], group.said()
+    assert "process 0: process 1 of the 2 has not come to 127.0.0.1:" in group.said()
+    assert "in 2 seconds at most: see what it said, or set FOMAL_START_SECONDS" in group.said()
+
+
+def test_a_process_that_dies_in_data_preparation_ends_the_others(tmp_path: Path) -> None:
+    group = Group(2, start, False, out=tmp_path)
+    assert group.wait(30) == [7, -signal.SIGKILL], group.said()
+    assert group.said().count("all there") == 2
     assert "process 0: another of the 2 processes ended, or cannot be reached: see what it said" in group.said()
 
 

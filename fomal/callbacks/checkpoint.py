@@ -135,6 +135,8 @@ class SaveLast(Checkpoint):
         """Save the final state."""
         self._save(trainer, final=True)
         self._handlers.restore()
+        if self._asked and trainer.world_size == 1:  # while it was written
+            self._stop(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Put the earlier signal handlers back."""

@@ -17,7 +17,7 @@ from fomal import __version__
 from fomal.cli.configs import DEFAULT, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
 from fomal.output import one_line
-from fomal.signals import leave
+from fomal.signals import in_order, listen
 
 __all__ = ["VERBS", "Verb", "configs_dir", "main"]
 
@@ -70,17 +70,22 @@ def main(args: Sequence[str] | None = None) -> Any:
         print(f"fomal {__version__}")
         raise SystemExit(0)
     verb, *rest = given
-    if args is None:
-        signal.signal(signal.SIGTERM, leave)  # the first process of a container has no default
     try:
         if verb not in VERBS:
             hint = did_you_mean(verb, VERBS) or f"; verbs: {', '.join(VERBS)}"
             raise UsageError(f"{verb!r} is not a verb of fomal{hint}")
         if args is None and "" not in sys.path:
             sys.path.append("")  # so that configs can name classes in the current folder, as with `python -m fomal`
-        made = importlib.import_module(VERBS[verb].module).run(verb, rest)
+        run = importlib.import_module(VERBS[verb].module).run
+        if args is None:
+            importlib.import_module("fomal.terminal").own()
+            listen(in_order)  # from here on there may be files to finish or to remove
+        made = run(verb, rest)
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
+    except BrokenPipeError as error:  # the reader of a pipe has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from error
     except UsageError as error:
         _fail(error, 2)
     except Exception as error:

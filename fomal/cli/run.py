@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import signal
 import warnings
 from collections.abc import Sequence
@@ -39,12 +38,13 @@ from fomal.cli.given import Given, with_config_paths
 from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.replicated import ReplicatedDataModule
-from fomal.distributed import launched_processes
+from fomal.distributed import in_company, launched_processes, meet_first
 from fomal.files import atomic_replace, keep_earlier
 from fomal.learner import MetaLearner
 from fomal.output import say, tell
 from fomal.preflight import check_precision
 from fomal.replicas import Replicas
+from fomal.terminal import calm_lightning
 from fomal.trainer_steps import check_intervals
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
@@ -60,24 +60,17 @@ def run(verb: str, args: Sequence[str]) -> FomalCLI:
 def run_cli(cli: type[FomalCLI], verb: str, args: Sequence[str]) -> FomalCLI:
     """Parse, build and run with a command line of the given class."""
     with warnings.catch_warnings():
-        # Lightning's own use of torch; nothing the user could change.
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
-        # The figures of an evaluation are the same in every process already.
-        warnings.filterwarnings("ignore", message="It is recommended to use `self.log\\(.*sync_dist=True")
+        calm_lightning()
         handler = signal.getsignal(signal.SIGINT)
         try:
-            return cli(verb, args)
+            with in_company():
+                return cli(verb, args)
         except SystemExit as stop:
             # The trainer turns Ctrl-C into exit code 1, and leaves it ignored.
             if isinstance(stop.__context__, KeyboardInterrupt):
                 signal.signal(signal.SIGINT, handler)
                 raise stop.__context__ from None
             raise
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
 def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
@@ -309,7 +302,9 @@ class FomalCLI(LightningCLI):
         L.seed_everything(config["seed_everything"], workers=True, verbose=False)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        return super()._instantiate_trainer(config, [*callbacks, *default_callbacks(config)])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *default_callbacks(config)])
+        meet_first(trainer.strategy)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         accepted = inspect.signature(getattr(self.trainer, subcommand)).parameters

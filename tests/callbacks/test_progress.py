@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+import sys
 import time
 from typing import Any
 
@@ -19,6 +21,7 @@ from fomal.inner import SGD
 from fomal.learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
+from fomal.terminal import PlainConsole
 
 
 def trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:
@@ -45,7 +48,7 @@ def test_lines_where_there_is_no_terminal(sanity: int, capsys: pytest.CaptureFix
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("meta-iterations")]
     loss = rf"val/loss {done.callback_metrics['val/loss']:.4f}"
     figure = r"(\d+\.\d/s|\d+\.\d\d s each)"
-    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "2/4", "3/4", "4/4", "4/4", "4/4"]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "2/4", "3/4", "4/4", "4/4"]
     assert re.fullmatch(rf"meta-iterations 1/4  {figure}", lines[0])
     assert re.fullmatch(rf"meta-iterations 2/4  {figure}  val/loss \d+\.\d{{4}}", lines[2])
     assert re.fullmatch(rf"meta-iterations 4/4  {figure}  {loss}", lines[-1])
@@ -64,7 +67,8 @@ def test_a_bar_on_a_terminal(sanity: int) -> None:
     done = run(bar, num_sanity_val_steps=sanity)
     text = without_codes(out.getvalue())
     assert "0/4" in text
-    assert re.search(rf"meta-iterations .* 4/4 .*/s +val/loss {done.callback_metrics['val/loss']:.4f}", text)
+    figures = f"val/loss {done.callback_metrics['val/loss']:.4f}"
+    assert re.search(rf"meta-iterations 4/4 .*/s *\n{figures}", text)
     assert bar._bar is None  # closed
 
 
@@ -81,7 +85,7 @@ class Slow(Callback):
 def test_the_rate_leaves_out_validations(capsys: pytest.CaptureFixture[str]) -> None:
     run(MetaProgressBar(), Slow(), max_steps=12, val_check_interval=6)
     rates = [float(re.search(r"  ([\d.]+)/s", line).group(1)) for line in capsys.readouterr().out.splitlines()]
-    assert len(rates) == 3
+    assert len(rates) == 2
     assert all(12 < rate <= 50 for rate in rates)  # 6 meta-iterations in 520 ms would be 11.5
 
 
@@ -93,7 +97,7 @@ def test_evaluation_counts_batches(capsys: pytest.CaptureFixture[str]) -> None:
         verb(learner, data, verbose=False)
     evaluating.predict(learner, data)
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [re.match(r"batches of tasks (\d)  [\d.]+", line).group(1) for line in lines] == ["1", "2"] * 3
+    assert [re.match(r"batches of tasks (\d)(/2)?  [\d.]+", line).group(1) for line in lines] == ["1", "2"] * 3
 
 
 def test_disabled_it_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,3 +109,59 @@ def test_disabled_it_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     bar.enable()
     run(bar)
     assert "4/4" in without_codes(capsys.readouterr().out)
+
+
+TALK = logging.getLogger("talk")
+TALK.propagate = False
+
+
+class Talkative(Callback):
+    """Says something in every way there is."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        TALK.warning("a log")
+        print("a print", file=sys.stderr)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_messages_go_above_the_bar_which_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn as a terminal does: the bar is there once, at the end, and no message is cut or left out."""
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(sys, "__stderr__", out)
+    monkeypatch.setattr(TALK, "handlers", [logging.StreamHandler(out)])
+    bar = MetaProgressBar(refresh=0.0)
+    bar._console = PlainConsole(file=out, force_terminal=True, width=width, soft_wrap=True)
+    run(bar, Talkative())
+    lines = screen(out.getvalue())
+    assert [line.count("a log") + line.count("a print") for line in lines if line.startswith("a ")] == [1] * 8
+    (last,) = [line for line in lines if line.startswith("meta")]
+    assert len(last) <= width
+    assert "/4" in last or width == 40
+    assert lines[lines.index(last) + 1].startswith("val/loss")
+
+
+def screen(text: str) -> list[str]:
+    """The lines that a terminal shows after what rich writes to it."""
+    lines, row = [""], 0
+    for code, rest in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)?([^\x1b\r\n]*)", text):
+        if code == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif code.endswith("A"):
+            row -= int(code[2:-1] or 1)
+        elif code in ("\x1b[2K", "\r"):
+            lines[row] = lines[row] if code == "\r" else ""
+        lines[row] = rest if rest and code == "\r" else lines[row] + rest
+    return [line.rstrip() for line in lines]
+
+
+def test_the_last_count_is_shown_however_rare_the_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    data = SinusoidDataModule(val_tasks=7, test_tasks=7, eval_tasks_per_batch=2)
+    evaluating = trainer(MetaProgressBar(), inference_mode=False)
+    evaluating.test(learner, data, verbose=False)
+    evaluating.predict(learner, data)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [re.match(r"batches of tasks (\d)(/4)?  [\d.]+", line).group(1) for line in lines] == ["4", "4"]
