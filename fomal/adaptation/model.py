@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -20,14 +21,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fomal.build import build_network
-from fomal.data.image_format import ImageFormat
+from fomal.data.image_format import ImageFormat, Remarks
+from fomal.files import read_regular
 from fomal.inner.objective import Objective
 from fomal.models.head import resize_head
 from fomal.models.norm import has_batch_norm, use_batch_statistics
 from fomal.tree import Tree, detach
 
-ImageLike = str | Path | Image.Image | NDArray[np.uint8] | Tensor
-"""A file, an image of Pillow's, an array (H, W) or (H, W, C) uint8, or a tensor (C, H, W) uint8."""
+ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
+"""A file, an image of Pillow's, an array (H, W) or (H, W, C), or a tensor (C, H, W); uint8, or of more than 8 bits as
+`ImageFormat.value_range` says."""
 
 _FORMAT = 1  # of the folder
 _TOGETHER = 256  # images in a forward pass, where each to be predicted brings the support set along
@@ -192,31 +195,29 @@ def refuse_existing(folder: Path) -> None:
 
 
 def decode_all(images: Iterable[ImageLike] | Tensor, image_format: ImageFormat) -> NDArray[np.uint8]:
-    """Images of any size as (N, C, H, W) uint8.
+    """Images of any size as (N, C, H, W) uint8; warns of what is worth a line about them all.
 
     Raises:
         ValueError: some cannot be read; names them all.
     """
-    decoded, wrong = [], []
+    decoded, wrong, remarks = [], [], Remarks()
     for place, image in enumerate(images):
         name = str(image) if isinstance(image, str | Path) else f"image {place}"
         try:
-            decoded.append(_decoded(image, image_format))
+            decoded.append(_decoded(image, image_format, remarks))
         except (ValueError, OSError) as error:
             wrong.append(f"{name} ({error})")
     if wrong:
         raise ValueError(f"{len(wrong)} images cannot be used: {'; '.join(wrong)}.")
+    for line in remarks.lines(image_format.value_range):
+        rank_zero_warn(f"{line}.")
     shape = (0, image_format.channels, image_format.height, image_format.width)
     return np.stack(decoded) if decoded else np.zeros(shape, np.uint8)
 
 
-def _decoded(image: ImageLike, image_format: ImageFormat) -> NDArray[np.uint8]:
+def _decoded(image: ImageLike, image_format: ImageFormat, remarks: Remarks) -> NDArray[np.uint8]:
     if isinstance(image, str | Path):
-        return image_format.decode(Path(image).expanduser().read_bytes(), str(image))
+        return image_format.decode(read_regular(Path(image).expanduser()), str(image), remarks)
     if isinstance(image, Tensor):
         image = image.cpu().movedim(0, -1).numpy() if image.ndim == 3 else image.cpu().numpy()
-    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
-        raise ValueError(
-            f"shape {image.shape}, {image.dtype}: give (H, W) or (H, W, C) uint8, or a tensor (C, H, W) uint8"
-        )
-    return image_format.decode(image)
+    return image_format.decode(image, "", remarks)

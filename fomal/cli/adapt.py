@@ -69,7 +69,9 @@ def _parse(verb: str, args: Sequence[str]) -> Namespace:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, help="a checkpoint of `fomal fit` on images")
-    parser.add_argument("--support", type=str, required=True, help="folder or zip with a folder of images per class")
+    parser.add_argument(
+        "--support", type=str, required=True, help="folder, zip, tar or npz with a folder of images per class"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model into; must not exist")
     parser.add_argument("--steps", type=int | None, help="inner steps; by default those of the checkpoint's evaluation")
     parser.add_argument("--batch_size", type=int | None, help="images per step; likewise")

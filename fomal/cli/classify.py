@@ -19,7 +19,7 @@ from fomal.cli.arguments import Arguments
 from fomal.cli.compare import check_kind, save
 from fomal.cli.errors import UsageError
 from fomal.data.image_files import report
-from fomal.data.source import FileSource, Source, open_source
+from fomal.data.source import FileSource, Source, is_archive, open_source
 from fomal.data.store import Decoding, scan
 from fomal.files import atomic_replace
 from fomal.output import quoted, shown, tell
@@ -40,7 +40,7 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
     """
     parser = Arguments(verb, "--adapted DIR --images DIR_OR_FILE... --out FILE.csv [options]", str(__doc__))
     parser.add_argument("--adapted", type=Path, required=True, help="folder written by `fomal adapt`")
-    parser.add_argument("--images", nargs="+", required=True, help="files, or one folder or zip, with subfolders")
+    parser.add_argument("--images", nargs="+", required=True, help="files, or one folder, zip, tar or npz")
     parser.add_argument("--out", type=Path, required=True, help="table to write: file, label, probabilities")
     parser.add_argument("--sheet", type=Path, help=f"figure of the first {SHOWN} images with their labels")
     parser.add_argument(
@@ -74,9 +74,9 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
 
 
 def _source(images: Sequence[str]) -> Source:
-    """One folder or zip, or files."""
+    """One folder or archive, or files."""
     only = Path(images[0]).expanduser()
-    if len(images) == 1 and (only.is_dir() or only.suffix.lower() == ".zip"):
+    if len(images) == 1 and (only.is_dir() or is_archive(only)):
         return open_source(images[0], "images")
     folders = [path for path in images if Path(path).is_dir()]
     if folders:

@@ -15,6 +15,7 @@ from fomal.data.image_files import ImageFilesDataModule
 from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing
 from fomal.data.partition import partition
 from fomal.data.source import ArraySource, Source, open_source
+from fomal.files import open_regular
 from fomal.output import rank_zero_info
 
 IMAGES = 600  # of each class
@@ -150,6 +151,8 @@ def read_cifar(root: Path) -> tuple[Source, Listing]:
         ValueError: a file is missing or damaged.
     """
     try:
+        for name, _ in (*CIFAR100.train_list, *CIFAR100.test_list):
+            open_regular(root / CIFAR100.base_folder / name).close()  # torchvision would wait for a fifo
         parts = [CIFAR100(root, train=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(

@@ -128,6 +128,10 @@ class ImageFormat:
         object.__setattr__(self, "std", tuple(self.std))
         object.__setattr__(self, "value_range", checked(self.value_range))
         positive(height=self.height, width=self.width, max_pixels=self.max_pixels)
+        if self.height * self.width > MAX_PIXELS:
+            raise ValueError(
+                f"height={self.height} and width={self.width} are more than {MAX_PIXELS} pixels: use smaller images."
+            )
         one_of(_MODES, color=self.color)
         one_of(("crop", "stretch", "pad"), fit=self.fit)
         one_of(_RESAMPLE, resample=self.resample)

@@ -10,8 +10,8 @@ from PIL import Image
 
 Image.init()  # all plugins now, rather than in the first of many threads
 
-# EPS would run Ghostscript; the others Pillow recognises, but cannot decode by itself.
-_NEVER = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+# EPS would run Ghostscript, FITS may inflate without a bound; the others Pillow knows, but cannot decode by itself.
+_NEVER = frozenset({"EPS", "FITS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
 _READ = [kind for kind in Image.OPEN if kind not in _NEVER]
 _FAMILIES = {
     "JPEG": ("JPEG", "MPO"),  # some cameras' JPEGs have a second picture, for depth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +47,8 @@ def test_adapt_writes_a_model_and_says_what_it_did(
     assert Adapted.load(tmp_path / "m").classes == ["new20", "new21", "new22"]
 
 
-def test_a_zip_serves_as_well(checkpoint: Path, support: Path, model: Path, tmp_path: Path) -> None:
-    archive = tmp_path / "support.zip"
+def test_archives_serve_as_well(checkpoint: Path, support: Path, model: Path, queries: Path, tmp_path: Path) -> None:
+    archive, packed = tmp_path / "support.zip", tmp_path / "queries.tgz"
     with zipfile.ZipFile(archive, "w") as out:
         for path in sorted(support.rglob("*.png")):
             out.write(path, Path("all") / path.relative_to(support))
@@ -55,6 +56,14 @@ def test_a_zip_serves_as_well(checkpoint: Path, support: Path, model: Path, tmp_
     zipped, plain = Adapted.load(tmp_path / "m"), Adapted.load(model)
     assert torch.equal(zipped.support, plain.support)
     assert torch.equal(zipped.network.head.weight, plain.network.head.weight)
+    with tarfile.open(packed, "w:gz") as out:
+        out.add(queries, ".")
+    tables = []
+    for images in (queries, packed):
+        tables.append(tmp_path / f"{images.name}.csv")
+        main(["classify", "--adapted", str(model), "--images", str(images), "--out", str(tables[-1])])
+    assert rows(tables[1]) == rows(tables[0])
+    assert len(rows(tables[0])) == 30
 
 
 def test_unusable_support_images(checkpoint: Path, support: Path, tmp_path: Path, fails: Fails) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,19 @@ def test_a_network_that_cannot_be_vectorised_is_looped_over() -> None:
     with torch.no_grad():
         expected = network(images.float() / 255).softmax(-1)
     torch.testing.assert_close(model.predict(images).probabilities, expected)
+
+
+def test_files_that_are_not_what_they_seem(adapted: Adapted, tmp_path: Path) -> None:
+    """One line of warning for all with another kind's name; a fifo is not waited for."""
+    images = [Image.new("RGB", (10, 10), (50 * i, 90, 20)) for i in range(3)]
+    for number, kind in enumerate(("JPEG", "BMP", "PNG")):
+        images[number].save(tmp_path / f"{number}.png", kind)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    with pytest.warns(UserWarning, match="another kind than their names say .*0.png .JPEG.*1.png .BMP") as said:
+        found = adapted.predict(paths)
+    assert len(said) == 1
+    pixels = decode_all([Image.open(path) for path in paths], adapted.image_format)
+    assert torch.equal(found.probabilities, adapted.predict(torch.from_numpy(pixels)).probabilities)
+    os.mkfifo(tmp_path / "3.png")
+    with pytest.raises(ValueError, match=r"3.png is not read: it is a fifo, and no regular file"):
+        adapted.predict([*paths, tmp_path / "3.png"])

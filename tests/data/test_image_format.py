@@ -345,6 +345,15 @@ def test_large_photographs_are_decoded_at_a_lower_scale() -> None:
         same(ImageFormat(84, 84).decode(thin), ImageFormat(84, 84).decode(np.asarray(image)))
 
 
+def test_photographs_of_50_megapixels_pass() -> None:
+    """And of more: cameras have 102, telephones 108."""
+    photograph = Image.new("RGB", (8700, 5800), (10, 200, 30))
+    decoded = ImageFormat(20, 20).decode(encoded(photograph, "JPEG"), "x.jpg")
+    np.testing.assert_allclose(decoded.reshape(3, -1), np.array([[10], [200], [30]]).repeat(400, 1), atol=2)
+    blank = Image.new("1", (12000, 9000))
+    same(ImageFormat(20, 20, "gray").decode(encoded(blank), "x.png"), np.zeros((1, 20, 20)))
+
+
 # What is refused
 
 
@@ -503,6 +512,7 @@ def test_equal_formats_are_equal() -> None:
     [
         ({"height": 0}, r"^height=0 must be at least 1\.$"),
         ({"width": -3}, r"^width=-3 must be at least 1\.$"),
+        ({"height": 10**9}, r"^height=1000000000 and width=7 are more than 128000000 pixels: use smaller images\.$"),
         ({"max_pixels": 0}, r"^max_pixels=0 must be at least 1\.$"),
         ({"color": "grey"}, r"^color='grey' is unknown: use one of rgb, gray, binary\.$"),
         ({"fit": "squash"}, r"^fit='squash' is unknown: use one of crop, stretch, pad\.$"),
