@@ -27,7 +27,7 @@ _SHOWN = 20  # problems named in a message
 class ImageFilesDataModule(ImageDataModule):
     """N-way K-shot tasks from image files of any size; a data set says in `find` and `divide` what they are.
 
-    Files are read and decoded once, into a memory-mapped cache of pixels where it fits `cache_gb`; if it does not, or
+    Files are read and decoded once, into a cache of pixels where it fits `cache_gb`; if it does not, or
     cannot be written, episodes decode the images they need, and are the same.
 
     Args:

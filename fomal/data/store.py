@@ -46,7 +46,7 @@ _FORMAT = 2  # raise it when what is cached, or how it is made, changes
 _UNREAD = "cannot be read: "  # how a problem begins that may pass without a change of the file
 _WORTH_THREADS = 16_384  # bytes; of smaller files threads wait for the interpreter rather than decode
 _CHUNK = 256  # images decoded between two writes; bounds memory
-_IN_MEMORY = 2**26  # bytes of pixels that are read whole; of more, each image is read when it is asked for
+_IN_MEMORY = 2**28  # bytes of pixels that are read whole; of more, each image is read when it is asked for
 
 
 class Decoding:

@@ -529,6 +529,7 @@ def build_within(cache_dir: Path, most: int) -> None:
     def peak() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
+    pytest.MonkeyPatch().setattr(store_module, "_IN_MEMORY", 0)
     load_images(Repeated(1), ["0.png"], ImageFormat(84, 84), str(cache_dir / "warm"))
     before = peak()
     source = Repeated(5000)
