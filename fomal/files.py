@@ -137,9 +137,17 @@ def _concerns(named: Path, path: Path) -> bool:
     return named.parent == path.parent or named in path.parents or path in named.parents
 
 
-def unwritten(path: Path, error: OSError) -> str:
-    """Say that a file could not be written, why, and what to do."""
+def is_full(error: OSError) -> bool:
+    """Tell whether a disk was full or read-only, and the error does not name the remedy yet."""
+    return not isinstance(error, WriteError | UnreadableFile) and error.errno in (*_FULL, errno.EROFS)
+
+
+def unwritten(path: str | Path | None, error: OSError) -> str:
+    """Say that a file, or one that is not known, could not be written, why, and what to do."""
     reason = error.strerror or str(error)
+    if path is None:
+        return f"a file could not be written ({reason}): make room for the run, data.cache_dir and $TMPDIR."
+    path = Path(path)
     if error.errno in _FULL:
         remedy = f"make room on the disk of {path.parent}, or choose another folder"
     elif error.errno in _CLOSED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,41 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, signal; print('so far', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     monkeypatch.setattr("subprocess.Popen", lambda args, **kwargs: popen([sys.executable, "-c", code], **kwargs))
     assert _fomal("fit") == "exit code -9: so far"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), "2"), (SystemExit(143), "15")])
+def test_a_run_is_asked_once_to_stop_by_whatever_stops_the_experiment(
+    stop: BaseException, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in a group of its own, which Ctrl-C on a terminal does not reach, and is waited for."""
+    (tmp_path / "run.py").write_text(
+        "import signal, sys, pathlib, time\n"
+        "def said(number, frame):\n"
+        "    time.sleep(0.2)\n"
+        "    pathlib.Path(sys.argv[1]).write_text(str(number))\n"
+        "    sys.exit()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, said)\n"
+        "print('there', flush=True)\n"
+        "time.sleep(30)\n"
+    )
+
+    class Interrupted(subprocess.Popen[str]):
+        asked = False
+
+        def communicate(self, *args: Any, **kwargs: Any) -> Any:
+            if self.asked:
+                return super().communicate(*args, **kwargs)
+            self.asked = True
+            assert self.stdout is not None
+            self.stdout.readline()
+            assert os.getpgid(self.pid) != os.getpgid(0)
+            raise stop
+
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "asked")]
+    monkeypatch.setattr("subprocess.Popen", lambda args, **kwargs: Interrupted(command, **kwargs))
+    with pytest.raises(type(stop)):
+        _fomal("fit")
+    assert (tmp_path / "asked").read_text() == code
 
 
 def test_results_of_other_settings_are_told(

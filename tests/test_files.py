@@ -15,8 +15,10 @@ from fomal.files import (
     WriteError,
     atomic_replace,
     dispensable,
+    is_full,
     keep_earlier,
     read_regular,
+    unwritten,
     write_csv,
     write_text,
 )
@@ -130,6 +132,19 @@ def test_ctrl_c_leaves_nothing_and_devices_stay(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="pipe.csv could not be written .*in the way"):
         write_text(tmp_path / "pipe.csv", "x", keep=True)
     assert [file.name for file in tmp_path.iterdir()] == ["pipe.csv"]
+
+
+def test_any_error_of_a_full_disk_has_a_remedy() -> None:
+    full, missing = OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(errno.ENOENT, "No such", "a")
+    assert is_full(full)
+    assert unwritten(None, full).endswith(
+        "(No space left on device): make room for the run, data.cache_dir and $TMPDIR."
+    )
+    assert unwritten("runs/x", OSError(errno.EROFS, "Read-only")) == (
+        "runs/x could not be written (Read-only): make runs writable, or choose another folder."
+    )
+    assert not is_full(missing)
+    assert not is_full(WriteError("named already"))
 
 
 def test_errors_about_other_files_keep_their_own_text(tmp_path: Path) -> None:

@@ -81,6 +81,21 @@ def test_imports_point_up(module: str) -> None:
         assert inside or layer(imported) < layer(module), f"fomal.{module} imports fomal.{imported}, not above it"
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_names_from_outside_reach_people_through_one_place(path: Path) -> None:
+    """Lightning's messages and rich's console would let control characters and markup of names through."""
+    found = {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    unsafe = {("lightning.pytorch.utilities", f"rank_zero_{kind}") for kind in ("info", "warn")}
+    unsafe |= {("rich.console", "Console"), ("rich", "print")}
+    if name_of(path) not in ("output", "terminal"):
+        assert not found & unsafe
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph = {module: imports(path) for module, path in MODULES.items()}
     assert graph["learner"] >= {"outer.rule", "inner.rollout", "tree"}  # the scan finds something

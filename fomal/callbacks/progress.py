@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -176,7 +176,7 @@ class _Bar(Progress):
 
     note = ""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
         columns = (
             TextColumn("{task.description} {task.completed:.0f}{task.fields[goal]}", markup=False),
             BarColumn(bar_width=None),

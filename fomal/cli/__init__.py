@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from fomal import __version__
 from fomal.cli.configs import DEFAULT, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.files import is_full, unwritten
 from fomal.output import one_line
 from fomal.signals import in_order, listen
 
@@ -126,7 +127,8 @@ def _fail(error: Exception, code: int) -> NoReturn:
         traceback.print_exception(error)
     elif not isinstance(error, UsageError) and not _is_from_fomal(error):
         hint = " (FOMAL_TRACEBACK=1 shows where)"
-    print(f"fomal: error: {one_line(error)}{hint}", file=sys.stderr)
+    text = unwritten(error.filename, error) if isinstance(error, OSError) and is_full(error) else error
+    print(f"fomal: error: {one_line(text)}{hint}", file=sys.stderr)
     raise SystemExit(code) from error
 
 

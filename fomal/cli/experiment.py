@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -187,12 +188,18 @@ def _pairs(extra: Sequence[str]) -> list[list[str]]:
 def _fomal(*args: str) -> str:
     """Run a verb in a process of its own; its error, in one line, or nothing."""
     with subprocess.Popen(
-        [sys.executable, "-m", "fomal", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "fomal", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,  # so that a signal reaches it once, from here, whoever it was sent to
     ) as process:
         try:
             output, _ = process.communicate()
-        except KeyboardInterrupt:  # it has had the same signal, and is saving
-            process.communicate()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            process.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+            process.communicate()  # it saves
             raise
     if process.returncode == 0:
         return ""

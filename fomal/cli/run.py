@@ -82,7 +82,7 @@ def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
     chosen: list[Callback] = [ReplicaFiles(), ResultsFile(), PredictionsFile(), LearningCurve(), EpisodeGrid()]
     chosen.append(ExitOnSigterm())
     if trainer.get("enable_progress_bar") is not False:
-        chosen.append(MetaProgressBar())
+        chosen.insert(0, MetaProgressBar())  # it frees the terminal before tables are printed
     if trainer.get("enable_checkpointing") is not False:
         chosen.append(SaveLast())
     configured = trainer.get("callbacks") or []

@@ -15,7 +15,7 @@ from fomal.data.selection import EVERY, Selection
 from fomal.data.source import FileSource, Source
 from fomal.data.table import read_table
 from fomal.files import read_regular
-from fomal.output import rank_zero_info, rank_zero_warn
+from fomal.output import rank_zero_info, rank_zero_warn, unquoted
 
 LARGEST_TABLE = 2**28
 """Bytes that a table may have."""
@@ -197,7 +197,7 @@ def _rows(source: Source, manifest: Manifest, settings: TableSettings, problems:
     columns = settings.find(table.columns, where)
     rows = []
     for line, cells, overlong in table.rows:
-        file, label, given = (cells.get(columns.get(part, ""), "") for part in ("file", "label", "split"))
+        file, label, given = (unquoted(cells.get(columns.get(part, ""), "")) for part in ("file", "label", "split"))
         split = split_named(given) if given else manifest.split
         if overlong:
             problems.setdefault("have more cells than there are columns", []).append(f"line {line}")

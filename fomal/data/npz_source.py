@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from fomal.data.source_base import Source
 from fomal.data.zip_source import refuse_member
+from fomal.output import rank_zero_info
 
 _PARTS = {  # names of arrays of images and of their labels, and the split that they are of
     **{f"{split}_images": (f"{split}_labels", split) for split in ("train", "val", "test")},

@@ -17,6 +17,8 @@ from PIL import Image
 from fomal.adaptation import Adapted, Predictions
 from fomal.cli import main
 from fomal.cli.classify import _print_accuracy, wilson
+from fomal.data.manifest import by_labels
+from fomal.data.source import open_source
 
 Fails = Callable[..., str]
 
@@ -214,3 +216,29 @@ def test_export_names_what_goes_in_and_out(
     assert "exists already" in fails("export", "--adapted", str(model), "--format", "torchscript", code=1)
     assert "invalid choice: 'tflite'" in fails("export", "--adapted", str(model), "--format", "tflite")
     assert json.loads((model / "model.json").read_text())["classes"] == ["new20", "new21", "new22"]
+
+
+def test_hostile_names_are_shown_and_quoted_and_come_back(
+    checkpoint: Path, support: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No escape code reaches the terminal, no formula the table, no markup rich, no mathematics the figure."""
+    classes = {"new20": "=cmd()", "new21": "[red]a\x1b[31m\x9b2J", "new22": r"$\frac{$"}
+    for old, new in classes.items():
+        shutil.copytree(support / old, tmp_path / "images" / new)
+    images, model, table = str(tmp_path / "images"), str(tmp_path / "m"), tmp_path / "labels.csv"
+    main(["adapt", "--ckpt_path", str(checkpoint), "--support", images, "--out", model])
+    main(["classify", "--adapted", model, "--images", images, "--out", str(table), "--sheet", f"{tmp_path}/s.png"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["classify", "--adapted", f"{model}\x1b[31m", "--images", images, "--out", str(table)])
+    said = "".join(capsys.readouterr())
+    assert not {"\x1b", "\x9b"} & set(said)
+    for name in ("=cmd()", r"[red]a\x1b[31m\x9b2J", r"$\frac{$", r"m\x1b[31m"):
+        assert name in said
+    found = rows(table)
+    assert list(found[0]) == ["file", "label", r"$\frac{$", "'=cmd()", "[red]a\x1b[31m\x9b2J"]
+    assert [row["file"][:7] for row in found if "cmd" in row["file"]] == ["'=cmd()"] * 3
+    listing = by_labels(open_source(images), str(table))
+    assert {file.name for file in listing.files} == {
+        str(path.relative_to(images)) for path in Path(images).rglob("*.png")
+    }
+    assert {file.label for file in listing.files} <= set(classes.values())
