@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from numbers import Number
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from fomal.checkpoints import verify
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.learner import MetaLearner
+from fomal.trust import Trust
 
 SEED = ("seed_everything", "data.init_args.seed")
 WAYS = ("data.init_args.ways", "model.network.init_args.ways")
@@ -67,21 +68,58 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def build(config: Mapping[str, Any]) -> tuple[MetaLearner, EpisodeDataModule]:
-    """Learner, with weights as before training, and data, not loaded yet, of a configuration.
+def build(
+    config: Mapping[str, Any], trust: Collection[str] | None = None, source: str = "config"
+) -> tuple[MetaLearner, EpisodeDataModule]:
+    """Learner, with weights as before training, and data, not loaded yet, of a configuration that may be another's.
 
     Args:
         config: with the keys seed_everything, model and data, e.g. a checkpoint's.
+        trust: names, or packages, that it may use beside those that are always trusted (see `fomal.trust`).
+        source: where it is from, for messages.
 
     Raises:
-        ValueError: it does not fit the classes it names.
+        ValueError: it names what is not trusted, or does not fit the classes it names.
     """
+    trusted = Trust(trust)
+    checked = trusted.check(sections(config, source), source)
+    return _built(checked, source, lambda made: trusted.check_classes(made, source))
+
+
+def build_own(config: Mapping[str, Any]) -> tuple[MetaLearner, EpisodeDataModule]:
+    """As `build`, of a configuration that is the user's own, or has been checked."""
+    return _built(config, "config", None)
+
+
+def sections(config: Any, source: str) -> dict[str, Any]:
+    """The parts of a configuration that a learner and its data are made of.
+
+    Raises:
+        ValueError: one is missing or of another kind.
+    """
+    for key in ("model", "data"):
+        if not isinstance(config, Mapping) or not isinstance(config.get(key), Mapping):
+            raise ValueError(f"{source}: its configuration has no section {key}: it is not one that fomal wrote.")
+    return {key: config.get(key, 0) for key in ("seed_everything", "model", "data")}
+
+
+def _built(
+    config: Mapping[str, Any], source: str, check: Callable[[Any], None] | None
+) -> tuple[MetaLearner, EpisodeDataModule]:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     add_arguments(parser)
-    wanted = {key: config[key] for key in ("seed_everything", "model", "data")}
-    made = _instantiated(parser, wanted)
+    made = _instantiated(parser, {key: config[key] for key in ("seed_everything", "model", "data")}, source, check)
     return made["model"], made["data"]
+
+
+def close(parser: ArgumentParser) -> None:
+    """Let a parser take no value for the path or address of a file to read the value from."""
+    for action in parser._actions:
+        if hasattr(action, "_enable_path"):
+            action._enable_path = False
+        if hasattr(action, "sub_add_kwargs"):
+            action.sub_add_kwargs["sub_configs"] = False
 
 
 def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,20 +168,36 @@ def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return varied
 
 
-def build_network(config: Mapping[str, Any]) -> nn.Module:
-    """A network from its class_path and init_args.
+def build_network(config: Any, trust: Collection[str] | None = None, source: str = "config") -> nn.Module:
+    """A network from its class_path and init_args, which may be another's.
+
+    Args:
+        config: both.
+        trust: names, or packages, that it may use beside those that are always trusted (see `fomal.trust`).
+        source: where it is from, for messages.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: it names what is not trusted, or they do not fit.
     """
+    if not isinstance(config, Mapping) or "class_path" not in config:
+        raise ValueError(f"{source}: its network has no class_path: it is not one that fomal wrote.")
+    trusted = Trust(trust)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "network", required=True)
-    network: nn.Module = _instantiated(parser, {"network": dict(config)})["network"]
+    wanted = {"network": trusted.check(config, source)}
+    made = _instantiated(parser, wanted, source, lambda made: trusted.check_classes(made, source))
+    network: nn.Module = made["network"]
     return network
 
 
-def _instantiated(parser: ArgumentParser, config: dict[str, Any]) -> Any:
+def _instantiated(
+    parser: ArgumentParser, config: dict[str, Any], source: str, check: Callable[[Any], None] | None
+) -> Any:
+    close(parser)
     try:
-        return parser.instantiate(parser.parse_object(config))
+        parsed = parser.parse_object(config)
+        if check is not None:
+            check(parsed)
+        return parser.instantiate(parsed)
     except ArgumentError as error:
-        raise ValueError(f"the configuration cannot be used: {error}") from error
+        raise ValueError(f"{source}: the configuration cannot be used: {error}") from error

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def adapt(
     device: torch.device | str = "cpu",
     learner: MetaLearner | None = None,
     image_format: ImageFormat | None = None,
+    trust: Collection[str] | None = None,
 ) -> Adapted:
     """Adapt the initialisation in a checkpoint to new classes, by its inner loop.
 
@@ -57,13 +58,20 @@ def adapt(
         device: where to compute.
         learner: how the checkpoint's learner is made, where it was made in Python and not from a configuration.
         image_format: what images become; None: as the checkpoint's data module says.
+        trust: names of classes, or packages, that the checkpoint may use beside fomal's and torch's, which it is
+            otherwise refused for, before they are imported; see `fomal.trust`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: for images or labels that cannot be used, or a checkpoint that does not say what it was trained on.
     """
     content = read_checkpoint(checkpoint)
-    learner, image_format, ways = _trained(content, learner, image_format)
+    if learner is None:
+        learner, data = build(_config(content), trust, str(checkpoint))
+        image_format = image_format or _image_format(data)
+    elif image_format is None:
+        raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
+    ways = _give_weights(content, learner)
     labels = [str(label) for label in labels]
     classes = sorted(set(labels))
     support = torch.from_numpy(decode_all(images, image_format))  # (S, C, H, W)
@@ -91,14 +99,14 @@ def adapt(
     return Adapted(learner.network, classes, image_format, support, y, about)
 
 
-def image_format_of(checkpoint: str | Path) -> ImageFormat:
+def image_format_of(checkpoint: str | Path, trust: Collection[str] | None = None) -> ImageFormat:
     """How image files become the inputs of a checkpoint's network.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it does not say.
+        ValueError: it does not say, or names what is not trusted.
     """
-    return _image_format(build(_config(read_checkpoint(checkpoint)))[1])
+    return _image_format(build(_config(read_checkpoint(checkpoint)), trust, str(checkpoint))[1])
 
 
 def _config(content: dict[str, Any]) -> dict[str, Any]:
@@ -120,21 +128,14 @@ def _image_format(data: EpisodeDataModule) -> ImageFormat:
     return image_format
 
 
-def _trained(
-    content: dict[str, Any], learner: MetaLearner | None, image_format: ImageFormat | None
-) -> tuple[MetaLearner, ImageFormat, int]:
-    """The learner with the checkpoint's weights and state, the images it takes, and its number of classes."""
-    if learner is None:
-        learner, data = build(_config(content))
-        image_format = image_format or _image_format(data)
-    elif image_format is None:
-        raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
+def _give_weights(content: dict[str, Any], learner: MetaLearner) -> int:
+    """Give a learner the checkpoint's weights and state; the number of its classes."""
     weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
     learner.network.to(next(iter(weights.values())).dtype)
     learner.network.load_state_dict(weights)
     learner.carried = content["fomal"]["carried"]
     learner.objective = Objective(learner.network, vectorize=False)  # there is one task
-    return learner, image_format, outputs(learner.network.get_submodule(find_head(learner.network)))
+    return outputs(learner.network.get_submodule(find_head(learner.network)))
 
 
 def _rebuild_head(learner: MetaLearner, ways: int, classes: int) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,12 +157,20 @@ class Adapted:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Adapted:
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", trust: Collection[str] | None = None
+    ) -> Adapted:
         """Read a folder of `save`.
+
+        Args:
+            folder: may be somebody else's: nothing in it is run.
+            device: where the network goes.
+            trust: names of classes, or packages, that the folder may use beside fomal's and torch's, which it is
+                otherwise refused for, before they are imported; see `fomal.trust`.
 
         Raises:
             FileNotFoundError: it lacks a file.
-            ValueError: a file is damaged, or is of a newer version of fomal.
+            ValueError: a file is damaged, is of a newer version of fomal, or names what is not trusted.
         """
         folder = Path(folder)
         for name in ("model.json", "model.safetensors", "support.safetensors"):
@@ -175,7 +183,7 @@ class Adapted:
             if about["format"] != _FORMAT:
                 raise ValueError(f"its format is {about['format']}, and this version of fomal reads {_FORMAT}")
             image_format = ImageFormat(**about["image_format"])
-            network = build_network(about["network"]).to(device)
+            network = build_network(about["network"], trust, str(folder / "model.json")).to(device)
             use_batch_statistics(network)
             if about["ways"] != len(about["classes"]):
                 resize_head(network, len(about["classes"]))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation.from_checkpoint import image_format_of
 from fomal.adaptation.model import refuse_existing
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain
+from fomal.cli.given import TRUST_HELP, take_trust
 from fomal.cli.help import HelpFormatter
 from fomal.data.image_files import usable
 from fomal.data.image_format import ImageFormat
@@ -38,11 +39,12 @@ def run(verb: str, args: Sequence[str]) -> Adapted:
         FileNotFoundError: there is no such checkpoint, or no such folder of images.
         ValueError: images cannot be used, or do not fit the checkpoint.
     """
+    args, trust = take_trust(args)
     given = _parse(verb, args)
     refuse_existing(given.out)
-    pixels, labels = read_support(given.support, image_format_of(given.ckpt_path), given.on_error)
+    pixels, labels = read_support(given.support, image_format_of(given.ckpt_path, trust), given.on_error)
     settings = {"steps": given.steps, "batch_size": given.batch_size, "optimizer": given.optimizer, "seed": given.seed}
-    adapted = adapt(given.ckpt_path, pixels, labels, device=given.device, **settings)
+    adapted = adapt(given.ckpt_path, pixels, labels, device=given.device, trust=trust, **settings)
     adapted.save(given.out)
     about = adapted.about["adaptation"]
     counts = [f"{label} {count}" for label, count in Counter(labels).most_common()]
@@ -78,6 +80,7 @@ def _parse(verb: str, args: Sequence[str]) -> Namespace:
     parser.add_argument("--optimizer", type=InnerOptimizer | None, help="inner optimiser; by default the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of mini-batches")
     parser.add_argument("--on_error", type=Literal["raise", "skip"], default="raise", help="about unusable images")
+    parser.add_argument("--trust", default=SUPPRESS, metavar="NAME", help=TRUST_HELP)  # is taken before parsing
     parser.add_argument("--device", type=str, default="cpu", help="e.g. cuda")
     try:
         given: Namespace = parser.instantiate(parser.parse_args(list(args)))

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fomal.build import read_checkpoint
+from fomal.build import read_checkpoint, sections
 from fomal.checkpoints import LAST, PREVIOUS
 from fomal.cli.errors import UsageError
 from fomal.cli.given import short_key
+from fomal.output import tell
+from fomal.trust import Trust
 
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkpoint it finds itself
 
@@ -30,10 +32,14 @@ def is_keyword(ckpt_path: str) -> bool:
     return ckpt_path.split(":")[0] in KEYWORDS and not Path(ckpt_path).is_file()
 
 
-def checkpoint_config(ckpt_path: str, verb: str) -> dict[str, Any]:
+def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]:
     """The part of a checkpoint's configuration that `verb` takes over; empty for a run made in Python.
 
-    Resuming takes all of it; the other verbs take of the trainer only the precision.
+    Resuming takes all of it, but for folders to write into, unless the checkpoint lies there; the other verbs take of
+    the trainer only the precision.
+
+    Raises:
+        UsageError: the checkpoint cannot be read, or names what is not trusted.
     """
     try:
         checkpoint = read_checkpoint(ckpt_path)
@@ -41,11 +47,66 @@ def checkpoint_config(ckpt_path: str, verb: str) -> dict[str, Any]:
         before = Path(ckpt_path).with_name(PREVIOUS)
         hint = f"; the one before is {before}" if Path(ckpt_path).name == LAST and before.is_file() else ""
         raise UsageError(f"--ckpt_path {error}{hint}") from error
-    config = dict(checkpoint["fomal"]["config"])
-    if config and verb != "fit":
-        precision = config.pop("trainer", {}).get("precision")
-        config["trainer"] = {"precision": precision}
-    return config
+    config = checkpoint["fomal"]["config"]
+    if not config:
+        return {}
+    try:
+        own = sections(config, ckpt_path) | {key: config[key] for key in ("trainer", "replicas") if key in config}
+        own = trust.check(own, ckpt_path)
+    except ValueError as error:
+        raise UsageError(f"--ckpt_path {error}") from error
+    trainer = own.pop("trainer", {})
+    if verb == "fit":
+        own["trainer"] = without_places(trainer, Path(ckpt_path).resolve())
+    else:
+        own["trainer"] = {"precision": trainer.get("precision")}
+    return own
+
+
+def without_places(trainer: Mapping[str, Any], ckpt_path: Path) -> dict[str, Any]:
+    """A trainer's settings without the folders that they would write into, unless the checkpoint lies there.
+
+    A file must not choose where on this machine is written; a run of one's own goes on in its folder.
+    """
+    kept, left = dict(trainer), []
+    if kept.get("default_root_dir") is not None and not _is(kept["default_root_dir"], ckpt_path.parents[1]):
+        left.append(f"default_root_dir={kept.pop('default_root_dir')}")
+    for key in ("logger", "callbacks"):
+        value = kept.get(key)
+        parts = value if isinstance(value, list) else [value]
+        settings = [part["init_args"] for part in parts if isinstance(part, dict) and part.get("init_args")]
+        for own in settings:
+            left += _leave_log(own, ckpt_path) if key == "logger" else _leave_files(own, ckpt_path)
+    if left:
+        tell(f"{ckpt_path} is not in the folders it names, and does not write there: {', '.join(left)}.")
+    return kept
+
+
+def _leave_log(settings: dict[str, Any], ckpt_path: Path) -> list[str]:
+    """See `without_places`: the folder of a logger."""
+    runs = Path(str(settings.get("save_dir")), str(settings.get("name") or ""))
+    if str(settings.get("version")) not in (ckpt_path.parents[1].name, "None"):
+        settings.pop("version")
+    if any(_is(runs, folder) for folder in ckpt_path.parents[2:4]):  # the latter for one of replicas
+        return []
+    settings |= {"save_dir": "runs", "name": ""}
+    settings.pop("sub_dir", None)
+    return [f"logger.save_dir={runs}"]
+
+
+def _leave_files(settings: dict[str, Any], ckpt_path: Path) -> list[str]:
+    """See `without_places`: the files of a callback."""
+    left = []
+    if settings.get("dirpath") is not None and not _is(settings["dirpath"], ckpt_path.parent):
+        left.append(f"dirpath={settings.pop('dirpath')}")
+    name = Path(str(settings.get("filename")))
+    if name.is_absolute() or {"..", "~"} & set(name.parts):
+        left.append(f"filename={settings.pop('filename')}")
+    return left
+
+
+def _is(folder: Any, other: Path) -> bool:
+    return Path(str(folder)).resolve() == other
 
 
 def refuse_differences(checkpoint: Mapping[str, Any], asked: Mapping[str, Any], verb: str) -> None:

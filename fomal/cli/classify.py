@@ -18,6 +18,7 @@ from fomal.cli.adapt import check_device
 from fomal.cli.arguments import Arguments
 from fomal.cli.compare import check_kind, save
 from fomal.cli.errors import UsageError
+from fomal.cli.given import TRUST_HELP
 from fomal.data.image_files import report
 from fomal.data.source import FileSource, Source, is_archive, open_source
 from fomal.data.store import Decoding, scan
@@ -47,12 +48,13 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
         "--transductive", action="store_true", help="let batch norm see all images together, and only them"
     )
     parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="about unusable images")
+    parser.add_argument("--trust", action="append", metavar="NAME", help=TRUST_HELP)
     parser.add_argument("--device", default="cpu", help="e.g. cuda")
     given = parser.parse(args)
     check_device(given.device)
     if given.sheet is not None:
         check_kind(given.sheet, "--sheet")
-    model = Adapted.load(given.adapted, given.device)
+    model = Adapted.load(given.adapted, given.device, given.trust)
     source = _source(given.images)
     _, problems = scan(source, source.images, model.image_format)  # before anything is written
     report(source.label, problems, [], given.on_error)

@@ -19,7 +19,7 @@ from fomal.cli.arguments import Arguments
 from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, save, write_rows
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
-from fomal.cli.given import short_key
+from fomal.cli.given import TRUST_HELP, Given, is_import_path, short_key, strings, with_config_paths
 from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of
 from fomal.plots.runs import Method, Run, flat_settings, read_run
@@ -58,6 +58,7 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run each method with; by default 0")
     parser.add_argument("--only", default="", help="only the runs whose folder or method contains this")
     parser.add_argument("--draw", action="store_true", help="run nothing; draw what is there")
+    parser.add_argument("--trust", action="append", metavar="NAME", help=TRUST_HELP)
     own, extra = split(args)
     given = parser.parse(own)
     experiment = read_experiment(given.name)
@@ -67,7 +68,7 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     failed: list[str] = []
     if not given.draw:
         todo = [(planned, seed) for seed in dict.fromkeys(given.seeds or [0]) for planned in wanted]
-        failed = _run_all(experiment, todo, out, extra)
+        failed = _run_all(experiment, todo, out, extra, given.trust or [])
     methods = _report(experiment, given.seeds, out, bool(failed))
     if failed:
         raise RuntimeError(
@@ -102,7 +103,9 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 # -- running
 
 
-def _run_all(experiment: Experiment, todo: Sequence[tuple[PlannedRun, int]], out: Path, extra: list[str]) -> list[str]:
+def _run_all(
+    experiment: Experiment, todo: Sequence[tuple[PlannedRun, int]], out: Path, extra: list[str], trust: list[str]
+) -> list[str]:
     """Run what has no results yet; the names of the runs that failed."""
     failed = []
     for planned, seed in todo:
@@ -114,7 +117,7 @@ def _run_all(experiment: Experiment, todo: Sequence[tuple[PlannedRun, int]], out
         folder, what = planned.folder(out, seed), f"[{number}/{len(todo)}] {planned.name}, seed {seed}"
         started = time.monotonic()
         tell(f"{what} ...")
-        problem = _fit_and_test(experiment, planned, seed, out, extra)
+        problem = _fit_and_test(experiment, planned, seed, out, extra, trust)
         if problem:
             failed.append(f"{planned.name} (seed {seed})")
             tell(f"{what} failed: {problem}")
@@ -160,7 +163,9 @@ def _new(experiment: Experiment, planned: PlannedRun, seed: int, out: Path) -> l
     return ["--config", experiment.base, "--config", yaml.safe_dump(planned.overrides(out, seed))]
 
 
-def _fit_and_test(experiment: Experiment, planned: PlannedRun, seed: int, out: Path, extra: list[str]) -> str:
+def _fit_and_test(
+    experiment: Experiment, planned: PlannedRun, seed: int, out: Path, extra: list[str], trust: list[str]
+) -> str:
     """Train, or go on training, and test, in processes of their own; what went wrong, or nothing."""
     checkpoint = planned.folder(out, seed) / "checkpoints" / "last.ckpt"
     fit = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else _new(experiment, planned, seed, out)
@@ -168,7 +173,12 @@ def _fit_and_test(experiment: Experiment, planned: PlannedRun, seed: int, out: P
         part for pair in _pairs(extra) if short_key(pair[0].lstrip("-").partition("=")[0]) in _MACHINE for part in pair
     ]
     quiet = ["--trainer.enable_progress_bar", "false"]
-    problem = _fomal("fit", *fit, *quiet, *extra) or _fomal("test", "--ckpt_path", str(checkpoint), *quiet, *machine)
+    # The experiment's own file says what its checkpoints may use.
+    named = strings(Given(with_config_paths([*_new(experiment, planned, seed, out), *extra])).values)
+    trusted = [f"--trust={name}" for name in dict.fromkeys([*trust, *filter(is_import_path, named)])]
+    problem = _fomal("fit", *fit, *quiet, *extra, *trusted) or _fomal(
+        "test", "--ckpt_path", str(checkpoint), *quiet, *machine, *trusted
+    )
     if not problem and not _is_done(planned, seed, out):
         return f"its test left no results.json in {planned.folder(out, seed)}"
     return problem

@@ -8,6 +8,7 @@ from pathlib import Path
 from fomal.adaptation import Adapted
 from fomal.adaptation.export import SUFFIXES, Exported, export
 from fomal.cli.arguments import Arguments
+from fomal.cli.given import TRUST_HELP
 from fomal.output import tell
 
 
@@ -28,8 +29,9 @@ def run(verb: str, args: Sequence[str]) -> Exported:
     parser.add_argument(
         "--transductive", action="store_true", help="let batch norm see all images of a batch, and only them"
     )
+    parser.add_argument("--trust", action="append", metavar="NAME", help=TRUST_HELP)
     given = parser.parse(args)
-    model = Adapted.load(given.adapted)
+    model = Adapted.load(given.adapted, trust=given.trust)
     path = given.out or given.adapted / f"model{SUFFIXES[given.format]}"
     exported = export(model, path, given.format, given.transductive)
     form = model.image_format

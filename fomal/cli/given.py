@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ import yaml
 
 from fomal.cli.configs import find_config, is_text
 from fomal.cli.errors import UsageError
+
+TRUST_HELP = (
+    "a class path, or a package, that a file of somebody else's may use beside fomal's and torch's; may be given again"
+)
 
 
 def short_key(key: str) -> str:
@@ -43,6 +47,52 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
     return resolved
 
 
+def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--trust NAME`, which may be given several times, and these names."""
+    rest, names = list(args), []
+    for i, name, value in reversed(list(options(args))):
+        if name == "trust":
+            if not value:
+                raise UsageError("--trust needs a name: write e.g. --trust mypackage.nets.Net.")
+            names.append(value)
+            del rest[i : i + (1 if "=" in args[i] else 2)]
+    return rest, names[::-1]
+
+
+def with_files_read(args: Sequence[str]) -> list[str]:
+    """The same arguments with the text of a config file for a part, `--data FILE.yaml`, in its place."""
+    read = list(args)
+    for i, name, value in options(args):
+        if name not in ("config", "ckpt_path") and value is not None and _is_part(Path(value)):
+            text = Path(value).read_text()
+            if "=" in args[i]:
+                read[i] = f"--{name}={text}"
+            else:
+                read[i + 1] = text
+    return read
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from strings(list(value.values()))
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part)
+
+
+def is_import_path(text: str) -> bool:
+    """Whether `text` may be the path of a class."""
+    first, *rest = text.split(".")
+    return bool(rest) and all(part.isidentifier() for part in (first, *rest))
+
+
+def _is_part(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml", ".json") and path.is_file()
+
+
 class Given:
     """Settings by short key, e.g. `{"model.inner_steps": 5, "data.class_path": ...}`; the last of a key counts.
 
@@ -71,7 +121,7 @@ class Given:
             self._add("", content, path.parent if is_file else Path())
 
     def _add(self, key: str, value: Any, folder: Path) -> None:
-        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (folder / value).is_file():
+        if isinstance(value, str) and _is_part(folder / value):
             folder = (folder / value).parent
             value = _loaded((folder / Path(value).name).read_text())
         if isinstance(value, dict):

@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import SUPPRESS, ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from fomal.build import SEED, VARIED, add_arguments, build, replica_configs, stream_seed
+from fomal.build import SEED, VARIED, add_arguments, build_own, close, replica_configs, stream_seed
 from fomal.callbacks import (
     EpisodeGrid,
     ExitOnSigterm,
@@ -34,7 +34,7 @@ from fomal.cli import checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain
-from fomal.cli.given import Given, with_config_paths
+from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
 from fomal.cli.help import HelpFormatter
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.replicated import ReplicatedDataModule
@@ -46,6 +46,7 @@ from fomal.preflight import check_precision
 from fomal.replicas import Replicas
 from fomal.terminal import calm_lightning
 from fomal.trainer_steps import check_intervals
+from fomal.trust import Trust
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
 _OURS = {"verbose": False, "weights_only": True}
@@ -108,7 +109,7 @@ def trainer_defaults(verb: str) -> dict[str, Any]:
 def _learner(config: dict[str, Any]) -> MetaLearner:
     """The learner of a run alone."""
     L.seed_everything(config["seed_everything"], workers=True, verbose=False)
-    learner, _ = build(config)
+    learner, _ = build_own(config)
     learner.config = config
     return learner
 
@@ -175,6 +176,7 @@ class FomalCLI(LightningCLI):
             help="run so many seeds side by side, from seed_everything on; or a list with the settings of each, from "
             f"{', '.join(VARIED)}",
         )
+        parser.add_argument("--trust", default=SUPPRESS, metavar="NAME", help=TRUST_HELP)  # is taken before parsing
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
 
@@ -183,15 +185,16 @@ class FomalCLI(LightningCLI):
         rest = list(args[1:])
         if any(arg in ("-h", "--help") or arg.partition("=")[0].endswith(".help") for arg in rest):
             self._parse(rest)  # prints and exits
+        rest, trusted = take_trust(rest)
         prints = [arg for arg in rest if arg.partition("=")[0] == "--print_config"]
         rest = with_config_paths([arg for arg in rest if arg not in prints])
         given = Given(rest)
-        self.config = self._parse_with_checkpoint(rest, given)
+        self.config = self._parse_with_checkpoint(rest, given, Trust(trusted, set(strings(given.values))))
         links.refuse_contradictions(self.config[self.verb], given.values)
         if prints:
             self._print_config(prints[-1].partition("=")[2])
 
-    def _parse_with_checkpoint(self, rest: list[str], given: Given) -> Namespace:
+    def _parse_with_checkpoint(self, rest: list[str], given: Given, trust: Trust) -> Namespace:
         """Parse on top of the checkpoint's configuration, or of the default config."""
         ckpt_path = given.values.get("ckpt_path")
         if ckpt_path == resume.LAST_KEYWORD:
@@ -199,14 +202,16 @@ class FomalCLI(LightningCLI):
             rest = [*rest, f"--ckpt_path={ckpt_path or 'null'}"]
         base: list[str] = []
         if ckpt_path is not None and not checkpoint.is_keyword(str(ckpt_path)):
-            saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb)
+            saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb, trust)
             base = ["--config", yaml.safe_dump(saved)] if saved else []
         if base:
+            close(self._parser(self.verb))
             try:
                 alone = self._parse(base)
-            except UsageError as error:
+                trust.check_classes(alone[self.verb], str(ckpt_path))
+            except (UsageError, ValueError) as error:
                 raise UsageError(f"the configuration in {ckpt_path} cannot be used: {error}") from error
-            config = self._parse([*base, *rest])
+            config = self._parse([*base, *with_files_read(rest)])
             checkpoint.refuse_differences(self._plain(alone), self._plain(config), self.verb)
             if self.verb == "fit":
                 resume.go_on_in_its_folder(config[self.verb]["trainer"], Path(str(ckpt_path)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class Classifier(nn.Module):
         options: keyword arguments for it.
 
     Raises:
-        ValueError: there is nothing to import at `factory`, it fails, or what it makes is no classifier with one head.
+        ValueError: there is nothing to import at `factory`, nothing says that it makes a network (then it is not
+            called), it fails, or what it makes is no classifier with one head.
     """
 
     def __init__(self, factory: str, ways: int = 5, options: dict[str, Any] | None = None) -> None:
@@ -68,6 +71,11 @@ def _make(factory: str, options: dict[str, Any]) -> nn.Module:
     make = _imported(factory)
     if not callable(make):
         raise ValueError(f"factory={factory!r} is a {type(make).__name__}: name a function or class in it.")
+    if not _makes_networks(make, factory):
+        raise ValueError(
+            f"factory={factory!r} is not called, since nothing says that it makes a network: name a subclass of "
+            f"torch.nn.Module, or a function of a package of your own or annotated to return one."
+        )
     try:
         network = make(**options)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -75,6 +83,26 @@ def _make(factory: str, options: dict[str, Any]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"factory={factory!r} made a {type(network).__name__}, not a torch.nn.Module.")
     return network
+
+
+def _makes_networks(make: Any, path: str) -> bool:
+    """Whether a class or function says that it makes modules; a function of Python's or torch's own must be annotated.
+
+    A function without annotation counts if it is defined in the package that `path` names.
+    """
+    if inspect.isclass(make):
+        return issubclass(make, nn.Module)
+    if not inspect.isfunction(make):
+        return False
+    try:
+        returned = get_type_hints(make).get("return")
+    except Exception:  # annotations may name anything
+        returned = None
+    if inspect.isclass(returned):
+        return issubclass(returned, nn.Module)
+    package = make.__module__.partition(".")[0]
+    known = {*sys.stdlib_module_names, "torch", "numpy", "fomal", "lightning", "jsonargparse", "PIL"}
+    return package not in known - {"__main__"} and package == path.partition(".")[0]
 
 
 def _imported(path: str) -> Any:
