@@ -36,6 +36,7 @@ from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.preflight import check_trainer
 from fomal.trainer_steps import check_intervals, one_by_one
 from fomal.tree import Tree
+from fomal.trust import check_states
 from fomal.versions import commits, versions
 from fomal.watch import Watch
 
@@ -494,6 +495,7 @@ class MetaLearner(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
+        check_states(checkpoint.get("callbacks"))
         if "fomal" not in checkpoint:
             raise ValueError("ckpt_path is not a checkpoint of fomal's MetaLearner: it has no entry 'fomal'.")
         saved = checkpoint["fomal"]

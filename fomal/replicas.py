@@ -21,6 +21,7 @@ from fomal.learner import MetaLearner
 from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
 from fomal.output import rank_zero_warn
 from fomal.trainer_steps import one_by_one
+from fomal.trust import check_states
 from fomal.watch import LOOK_EVERY, Watch
 
 SAME = (
@@ -204,6 +205,7 @@ class Replicas(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over each replica's carried state."""
+        check_states(checkpoint.get("callbacks"))
         saved = checkpoint.get("fomal", {}).get("replicas")
         if saved is None or len(saved) != len(self.learners):
             found = "no replicas" if saved is None else f"{len(saved)} replicas"

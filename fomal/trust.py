@@ -83,6 +83,10 @@ class Trust:
         packages = [package for package in self.names if name.startswith(f"{package}.")]
         return any(_is_defined_in(name, package) for package in packages)
 
+    def allows(self, name: str) -> bool:
+        """Whether `name` may be imported because a file names it."""
+        return self.has(name) or is_known(name)
+
     def check(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
         """A configuration of a file, without what would be fetched or written elsewhere; nothing foreign is imported.
 
@@ -119,7 +123,7 @@ class Trust:
                 self.check_classes(part, source)
 
     def _refuse(self, name: str, where: str, source: str) -> None:
-        if self.has(name) or is_known(name):
+        if self.allows(name):
             return
         raise ValueError(
             f"{source} names {name} ({where}), which is not fomal's: if you trust it, add --trust {name} (in Python "
@@ -143,6 +147,26 @@ class Trust:
         if isinstance(cleaned.get("options"), dict):
             _drop_weights(str(cleaned.get("factory")), cleaned["options"], source)
         return cleaned
+
+
+def check_states(states: Any) -> None:
+    """Refuse files of earlier checkpoints that are not beside each other: Lightning deletes what is no longer best.
+
+    Args:
+        states: those of callbacks in a checkpoint, by their names; None where there are none.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for name, state in (states if isinstance(states, Mapping) else {}).items():
+        if not isinstance(state, Mapping):
+            continue
+        best = state.get("best_k_models")
+        files = [*(best if isinstance(best, Mapping) else ())]
+        files += [state.get(f"{kind}_model_path") for kind in ("best", "last", "kth_best")]
+        outside = [str(file) for file in files if ".." in Path(str(file)).parts]
+        if outside:
+            raise ValueError(f"ckpt_path: the state of {name} in it names {outside[0]}, outside of its folder.")
 
 
 def is_known(name: str) -> bool:

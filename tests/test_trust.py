@@ -345,3 +345,21 @@ def test_the_users_own_configuration_is_the_users(
     assert main(["test", "--ckpt_path", str(path), "--trust", "my_nets.Net", "--data.test_tasks=4"]) is not None
     resumed = ["fit", "--config", "sinusoid/reptile", *own, *short, "--ckpt_path", "last"]
     assert type(main(resumed).model.network).__name__ == "Net"
+
+
+@pytest.mark.parametrize("state", [{"best_k_models": {"runs/../../precious": 1.0}}, {"last_model_path": "../precious"}])
+def test_a_callbacks_state_does_not_choose_what_is_deleted(state: dict[str, Any]) -> None:
+    learner, _ = build(CONFIG)
+    with pytest.raises(ValueError, match="precious, outside of its folder"):
+        learner.on_load_checkpoint({"callbacks": {"ModelCheckpoint": state}, "fomal": {"carried": None}})
+
+
+def test_a_learner_of_ones_own_lends_no_trust_to_the_file(tmp_path: Path, canaries: Callable[[Any], Any]) -> None:
+    """The file's names go into the model's folder, and are checked when that is loaded."""
+    learner, data = build(CONFIG)
+    evil = of("evil_canary.Net")
+    path = write(tmp_path / "c.ckpt", changed(CONFIG, "model.network", evil))
+    images = torch.randint(0, 255, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    form = data.image_format  # type: ignore[attr-defined]
+    adapted = fomal.adapt(path, images, ["a", "b", "c"], learner=learner, image_format=form)
+    assert adapted.about["network"] == evil

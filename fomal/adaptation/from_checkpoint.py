@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomal.adaptation.model import Adapted, ImageLike, decode_all
 from fomal.build import build, read_checkpoint
@@ -25,6 +25,7 @@ from fomal.learner import REPLICAS_GIVEN, MetaLearner
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.output import rank_zero_info
+from fomal.trust import Trust
 from fomal.versions import versions
 
 
@@ -89,7 +90,7 @@ def adapt(
     positive(steps=learner.eval_inner_steps, batch_size=learner.eval_inner_batch_size)
     y = torch.tensor([classes.index(label) for label in labels])
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
-    about = _about(Path(checkpoint), content, learner, ways)
+    about = _about(Path(checkpoint), content, learner, ways, Trust(trust))
     about["adaptation"] |= {
         "seed": seed,
         "examples": dict(sorted(Counter(labels).items())),
@@ -167,10 +168,10 @@ def _run(learner: MetaLearner, x: Tensor, y: Tensor, ways: int, seed: int) -> Te
     return trajectory.losses[:, 0]
 
 
-def _about(path: Path, content: dict[str, Any], learner: MetaLearner, ways: int) -> dict[str, Any]:
+def _about(path: Path, content: dict[str, Any], learner: MetaLearner, ways: int, trust: Trust) -> dict[str, Any]:
     """Where a model came from, in plain values."""
     return {
-        "network": _network_config(content["fomal"]["config"], ways),
+        "network": _network_config(content["fomal"]["config"], ways, learner.network, trust),
         "ways": ways,
         "checkpoint": {
             "path": str(path),
@@ -186,14 +187,16 @@ def _about(path: Path, content: dict[str, Any], learner: MetaLearner, ways: int)
     }
 
 
-def _network_config(config: dict[str, Any], ways: int) -> dict[str, Any] | None:
+def _network_config(config: dict[str, Any], ways: int, made: nn.Module, trust: Trust) -> dict[str, Any] | None:
     """How to make the network again, without the configuration that `ways` was linked to; None if nothing says so."""
     network = config.get("model", {}).get("network")
     if network is None:
         return None
     settings = dict(network.get("init_args", {}))
     module, _, name = network["class_path"].rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+    # A learner of the user's own says nothing about the names in the file.
+    known = trust.allows(network["class_path"])
+    kind = getattr(importlib.import_module(module), name) if known else type(made)
     if "ways" in inspect.signature(kind).parameters:
         settings["ways"] = ways
     if kind is Classifier and settings.get("options"):  # its weights are in the folder, and need not be fetched again
