@@ -239,12 +239,15 @@ def test_no_checkpoint_reaches_anything(
     if where.startswith(("model", "data")):
         with pytest.raises(ValueError, match=r"c\.ckpt|configuration"):
             fomal.adapt(path, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), ["a", "b"])
+    if number % 8 == 0:
         assert "c.ckpt" in fails("adapt", "--ckpt_path", str(path), "--support", ".", "--out", "m", code=1)
 
 
-@pytest.mark.parametrize("case", [case for case, (where, _, _) in HOSTILE.items() if where == "model.network"])
+@pytest.mark.parametrize(
+    ("number", "case"), enumerate(case for case, (where, _, _) in HOSTILE.items() if where == "model.network")
+)
 def test_no_model_folder_reaches_anything(
-    case: str, tmp_path: Path, canaries: Callable[[Any], Any], fails: Callable[..., str]
+    number: int, case: str, tmp_path: Path, canaries: Callable[[Any], Any], fails: Callable[..., str]
 ) -> None:
     _, value, name = HOSTILE[case]
     folder = tmp_path / "model"
@@ -258,6 +261,8 @@ def test_no_model_folder_reaches_anything(
     with pytest.raises(ValueError, match=r"model\.json|model cannot be used") as raised:
         Adapted.load(folder)
     assert f"--trust {name}" in str(raised.value) or not name or isinstance(value, str)
+    if number % 8:
+        return
     assert "model" in fails("classify", "--adapted", str(folder), "--images", "x.png", "--out", "t.csv", code=1)
     assert "model" in fails("export", "--adapted", str(folder), "--format", "onnx", code=1)
 
@@ -362,4 +367,4 @@ def test_a_learner_of_ones_own_lends_no_trust_to_the_file(tmp_path: Path, canari
     images = torch.randint(0, 255, (3, 3, SIZE, SIZE), dtype=torch.uint8)
     form = data.image_format  # type: ignore[attr-defined]
     adapted = fomal.adapt(path, images, ["a", "b", "c"], learner=learner, image_format=form)
-    assert adapted.about["network"] == evil
+    assert adapted.about["network"]["class_path"] == "evil_canary.Net"
