@@ -119,6 +119,25 @@ def test_circles_of_links_end(tmp_path: Path) -> None:
     assert source.folders == ["a", "a/b", "a/b/c", "b", "b/c", "b/c/a"]
 
 
+def test_links_do_not_multiply_without_end(tmp_path: Path) -> None:
+    """Twenty folders with two links each to the next one have a million paths."""
+    for number in range(20):
+        (tmp_path / f"root/{number}").mkdir(parents=True)
+        for link in ("a", "b"):
+            (tmp_path / f"root/{number}/{link}").symlink_to(f"../{number + 1}")
+    with pytest.raises(ValueError, match=r"root': links lead to .* on more than 16 ways: remove them\.$"):
+        FolderSource(tmp_path / "root")
+
+
+def test_what_is_neither_folder_nor_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    for root in (tmp_path / "x.tar", Path("/dev/zero")):
+        with pytest.raises(FileNotFoundError, match=f"^root='{root}' is neither a folder nor a regular file: give a"):
+            open_source(str(root))
+        with pytest.raises(FileNotFoundError, match="is no regular file: give files"):
+            FileSource([str(root)])
+
+
 def test_link_to_nowhere_is_a_file_that_cannot_be_read(folder: Path) -> None:
     (folder / "pear/3.png").symlink_to(folder / "nowhere")
     source = FolderSource(folder)
