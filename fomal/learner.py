@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -20,7 +20,7 @@ from fomal.checks import one_of, positive, settings
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode, Numbers
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
-from fomal.distributed import refuse_disagreement
+from fomal.distributed import gather, refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, evaluate
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
@@ -33,12 +33,16 @@ from fomal.models.norm import use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.outer.rule import OuterRule
 from fomal.output import rank_zero_info, rank_zero_warn
-from fomal.preflight import check_trainer
-from fomal.trainer_steps import check_intervals, one_by_one
+from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation
+from fomal.trainer_steps import check_intervals, one_by_one, total_steps
 from fomal.tree import Tree
 from fomal.trust import check_states
 from fomal.versions import commits, versions
-from fomal.watch import Watch
+from fomal.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
+
+SKIPPED_AT_MOST = 100
+"""Meta-batches without a finite task, one after the other, that end a run. The weights stay as they are meanwhile; even
+where nine of ten tasks are not finite and a meta-batch has one, so many in a row come once in 37,000 times."""
 
 
 class MetaLearner(L.LightningModule):
@@ -54,7 +58,8 @@ class MetaLearner(L.LightningModule):
         inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
         outer_optimizer: any torch optimiser; SGD with lr = eps is the paper's interpolation.
         outer_schedule: any torch scheduler, stepped once a meta-iteration; null is the paper's, which goes linearly
-            from the outer step size to `outer_final` times it at `trainer.max_steps`.
+            from the outer step size to `outer_final` times it at `trainer.max_steps`, or after `max_epochs` times
+            `limit_train_batches`.
         outer_final: share of the outer step size that is left at the end of the linear schedule.
         inner_steps: inner steps on a training task, k.
         inner_batch_size: support examples per inner step on a training task.
@@ -77,7 +82,8 @@ class MetaLearner(L.LightningModule):
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
             it, or leave it out of the mean and log how many were (`train/skipped_tasks`), at the cost of one wait for
-            the device in each meta-iteration. On a GPU `raise` looks every ten meta-iterations and before each save.
+            the device in each meta-iteration; a hundred meta-batches in a row without a task that counts end the run.
+            On a GPU `raise` looks every ten meta-iterations and before each save.
         outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
             others then stay as they are. Rules made of displacements have nothing to say about the others.
         tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
@@ -86,7 +92,10 @@ class MetaLearner(L.LightningModule):
         meta_iterations_per_step: meta-iterations that the Trainer hands over at a time, a chunk, which spares most of
             its overhead where they are short, and keeps as many meta-batches in memory. Weights, log and checkpoints
             stay the same, bitwise, and all counts are of meta-iterations, so intervals must be multiples of it. For
-            callbacks a chunk is one batch; Lightning's LearningRateMonitor finds none to log at with interval "step".
+            callbacks a chunk is one batch; Lightning's LearningRateMonitor finds none to log at (`outer_lr` is logged).
+        outer_clip_val: clip the outer gradient, the mean over all tasks, before the outer optimiser: as
+            `trainer.gradient_clip_val` does where there is a loss. Null: do not.
+        outer_clip_algorithm: by the norm of all parameters together, or each value by itself.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -115,6 +124,8 @@ class MetaLearner(L.LightningModule):
         tasks_per_chunk: int | None = None,
         meta_iterations_per_step: int = 1,
         cuda_graph: bool = False,
+        outer_clip_val: float | None = None,
+        outer_clip_algorithm: Literal["norm", "value"] = "norm",
     ) -> None:
         super().__init__()
         positive(
@@ -131,6 +142,9 @@ class MetaLearner(L.LightningModule):
                 "cuda_graph=True with on_nonfinite='skip_task', which waits for the device in each meta-iteration: use "
                 "on_nonfinite: raise, or leave cuda_graph out."
             )
+        if outer_clip_val is not None and not 0 < outer_clip_val < float("inf"):
+            raise ValueError(f"outer_clip_val={outer_clip_val} must be above 0 and finite, or null for no clipping.")
+        one_of(("norm", "value"), outer_clip_algorithm=outer_clip_algorithm)
         rule.check(inner_steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -139,6 +153,8 @@ class MetaLearner(L.LightningModule):
         self.outer_optimizer = outer_optimizer
         self.outer_schedule = outer_schedule
         self.outer_final = outer_final
+        self.outer_clip_val = outer_clip_val
+        self.outer_clip_algorithm = outer_clip_algorithm
         self.inner_steps = inner_steps
         self.inner_batch_size = inner_batch_size
         self.inner_replacement = inner_replacement
@@ -159,6 +175,8 @@ class MetaLearner(L.LightningModule):
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
+        self._skipped_in_a_row = 0
+        self._judged: list[tuple[Tensor, Tensor]] = []  # episode numbers, and whether their results are finite
         self.config: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self.watch = Watch()
@@ -167,8 +185,17 @@ class MetaLearner(L.LightningModule):
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
         self.accuracies = TaskMean(2, sync_on_compute=False)  # alone, transductive
-        self.losses_by_step = TaskMean(eval_inner_steps + 1, sync_on_compute=False)
         self.distances = TaskMean(sync_on_compute=False)
+
+    @property
+    def eval_inner_steps(self) -> int:
+        """Inner steps on a validation, test or prediction task."""
+        return self._eval_inner_steps
+
+    @eval_inner_steps.setter
+    def eval_inner_steps(self, steps: int) -> None:
+        self._eval_inner_steps = steps
+        self.losses_by_step = TaskMean(max(steps, 0) + 1, sync_on_compute=False).to(self.device)
 
     def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
         """See `adapt` and `outer_parameters`."""
@@ -182,6 +209,10 @@ class MetaLearner(L.LightningModule):
                 f"that adapt leaves out, from {others[0]} on, stay as they are initialised: use a rule with a query "
                 f"set, e.g. QueryFOMAML, to learn them, or outer_parameters: adapted to say that this is meant."
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's outputs for inputs (B, *input), at the initialisation; `evaluate` adapts to a task first."""
+        return self.network(x)  # type: ignore[no-any-return]
 
     # -- the parts of a meta-iteration
 
@@ -292,9 +323,10 @@ class MetaLearner(L.LightningModule):
             flags,
             found.is_finite(),
             self.global_step + 1,
-            lambda: batch.number[bad_tasks(self.rule, self._training_loop(batch, state), phi)].tolist(),
+            lambda: self._bad_episodes(batch, phi, state),
         )
         counts = not skip or bool(found.weight)
+        self._count_skipped(counts)
         self.adopt(found if counts else None)
         self._optimizer().step()
         self._scheduler().step()
@@ -304,6 +336,31 @@ class MetaLearner(L.LightningModule):
         if figures:
             self.log_dict(figures | {"outer_lr": self._optimizer().param_groups[0]["lr"]})
 
+    def _bad_episodes(self, batch: Episode | Numbers, phi: Tree, state: State) -> list[int]:
+        """The episodes of this process that are not finite, unless it is the weights that they start from."""
+        refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+        bad: list[int] = batch.number[bad_tasks(self.rule, self._training_loop(batch, state), phi)].tolist()
+        return bad
+
+    def _count_skipped(self, counts: bool) -> None:
+        """Say where a meta-batch is left out whole; raise FloatingPointError where that persists."""
+        if counts:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        step = self.global_step + 1
+        if self._skipped_in_a_row == 1:
+            refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+            rank_zero_warn(
+                f"meta-iteration {step}: no task of its meta-batch is finite, so the weights stay as they are; "
+                f"{SKIPPED_AT_MOST} such meta-iterations in a row end the run."
+            )
+        if self._skipped_in_a_row == SKIPPED_AT_MOST:
+            raise FloatingPointError(
+                f"meta-iteration {step}: no task of the last {SKIPPED_AT_MOST} meta-batches is finite, and the weights "
+                f"have not changed since: lower model.inner_optimizer.lr, or look at the data."
+            )
+
     def adopt(self, found: MetaGradient | None) -> None:
         """Give the outer gradient to the parameters, and go on from its inner state; None: no task counts."""
         if found is not None and self.inner_state == "carried" and found.state:
@@ -311,6 +368,9 @@ class MetaLearner(L.LightningModule):
         for name, parameter in self.network.named_parameters():
             gradient = None if found is None else found.gradient.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        if self.outer_clip_val is not None:
+            clip = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}[self.outer_clip_algorithm]
+            clip(self.network.parameters(), self.outer_clip_val)
 
     def seed_for(self, seed: int) -> None:
         """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
@@ -331,7 +391,8 @@ class MetaLearner(L.LightningModule):
     def training_figures(self, losses: Tensor) -> dict[str, Any]:
         """What is due to be logged after a meta-iteration with these losses (n, 2); nothing between."""
         self.train_losses.update(losses)
-        if self.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined] # set by a helper
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a helper
+        if every == 0 or self.global_step % every:
             return {}
         (first, last), _ = self.train_losses.compute()
         self.train_losses.reset()
@@ -356,15 +417,15 @@ class MetaLearner(L.LightningModule):
                     f"outer_schedule={type(schedule).__name__} waits for a metric, but is stepped every "
                     f"meta-iteration: use one of the step alone, e.g. torch.optim.lr_scheduler.CosineAnnealingLR."
                 )
-            return {"optimizer": optimizer, "lr_scheduler": schedule}
-        total, final = self.trainer.max_steps, self.outer_final
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        total, final = total_steps(self.trainer), self.outer_final
         if total < 1 and final != 1:
             raise ValueError(
                 f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
                 f"or model.outer_final: 1 for a constant step size."
             )
         schedule = LambdaLR(optimizer, lambda step: 1 + (final - 1) * min(step / max(total, 1), 1))
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- evaluation
 
@@ -375,11 +436,17 @@ class MetaLearner(L.LightningModule):
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
         result = self.evaluate(batch)
+        finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in result if part.numel()]).all(
+            0
+        )  # (T,)
+        self._judged.append((batch.number, finite))
         self.distances.update(result.distance)
         if isinstance(result, RegressionResult):
             self.losses_by_step.update(result.losses)
         else:
-            self.accuracies.update(torch.stack([result.accuracy, result.accuracy_transductive], 1))
+            accuracies = torch.stack([result.accuracy, result.accuracy_transductive], 1)
+            # The largest of outputs that are NaN is no prediction, though torch names one.
+            self.accuracies.update(accuracies.where(finite[:, None], torch.nan))
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
@@ -418,13 +485,35 @@ class MetaLearner(L.LightningModule):
             figures["distance"] = self.distances.compute()
         metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
         metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
+        self._name_nonfinite(stage, [mean for mean, _ in figures.values()])
         self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
         self.accuracies.reset()
         self.losses_by_step.reset()
         self.distances.reset()
         return metrics
 
+    def _name_nonfinite(self, stage: str, means: Sequence[Tensor]) -> None:
+        """Say which of the evaluated tasks make the means infinite or NaN; `results` has their numbers too."""
+        judged, self._judged = self._judged, []
+        if all(mean.isfinite() for mean in means):
+            return
+        own = [number for numbers, finite in judged for number in numbers[~finite].tolist()]
+        bad = sorted(number for part in gather(own) for number in part)
+        self.results["nonfinite_tasks"] = bad
+        rank_zero_warn(
+            f"{stage}: the predictions, loss or distance of task {some(bad)} are not finite, nor are the means: lower "
+            f"model.inner_optimizer.lr or model.eval_inner_steps."
+        )
+
     # -- checks before work starts, and checkpoints
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None; Lightning asks before it looks at the trainer's settings itself, whose advice cannot be followed."""
+        if self.trainer.state.fn == "fit":
+            check_outer_step(self.trainer)
+            if isinstance(getattr(self.trainer, "datamodule", None), EpisodeDataModule):
+                check_epochs(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
@@ -433,9 +522,13 @@ class MetaLearner(L.LightningModule):
     def check_with(self, data: object, stage: str) -> None:
         """See `setup`; `data` is what the trainer has as datamodule."""
         check_trainer(self.trainer)
+        if self.trainer.ckpt_path is None:
+            self.refuse_nonfinite()
         if stage == "fit":
             check_intervals(self.trainer, self.meta_iterations_per_step)
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
+        positive(eval_inner_steps=self.eval_inner_steps, eval_inner_batch_size=self.eval_inner_batch_size)
+        positive(inner_batch_size=self.inner_batch_size)
         if self.meta_iterations_per_step > 1 and stage == "fit" and not isinstance(data, EpisodeDataModule):
             raise ValueError(
                 f"model.meta_iterations_per_step={self.meta_iterations_per_step} needs an EpisodeDataModule, given as "
@@ -449,6 +542,7 @@ class MetaLearner(L.LightningModule):
                     f"set data.train_query_shots to 1 or more."
                 )
             if stage == "fit":
+                tell_of_validation(self.trainer)
                 data.check_processes(self.trainer.world_size)
             # The first use of the network, on two tasks: what does not fit is found here.
             episode = data.episodes(split, torch.arange(2)).check()
@@ -458,8 +552,10 @@ class MetaLearner(L.LightningModule):
         refuse_disagreement(same)
 
     def on_train_start(self) -> None:
-        """Refuse processes that go on from different checkpoints."""
+        """Refuse processes that go on from different checkpoints, and weights that are not finite."""
         refuse_disagreement({"the meta-iteration they go on from": self.global_step})
+        self._skipped_in_a_row = 0
+        self.refuse_nonfinite()
         self._settle_capture()
 
     def _settle_capture(self) -> None:
@@ -473,13 +569,37 @@ class MetaLearner(L.LightningModule):
         if isinstance(data, EpisodeDataModule):
             data.keeps_numbers = self.captured is not None
 
+    def on_validation_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def on_test_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def on_predict_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Raise FloatingPointError, naming the parameter, where a weight is infinite or NaN; forget earlier tasks."""
+        self._judged = []
+        trained = f" after meta-iteration {step}" if (step := self.global_step) else ""
+        refuse_nonfinite_weights(self.network, f"{getattr(self.trainer.state.fn, 'value', '')}{trained}")
+
     def on_train_end(self) -> None:
         """Free what was captured."""
         if self.captured is not None:
             self.captured.forget()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state."""
+        """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state.
+
+        Raises:
+            FloatingPointError: weights, outer optimiser or carried state are not finite; no file is touched then.
+        """
+        refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+        refuse_nonfinite_state(checkpoint, self.carried)
         checkpoint["fomal"] = self.own_part()
 
     def own_part(self) -> dict[str, Any]:
@@ -487,7 +607,7 @@ class MetaLearner(L.LightningModule):
         return {
             "config": self.config,
             "carried": self.carried,
-            "max_steps": self.trainer.max_steps,
+            "max_steps": total_steps(self.trainer),
             "skipped_tasks": self.skipped_tasks,
             "versions": versions(),
             "commits": commits(),
@@ -503,7 +623,7 @@ class MetaLearner(L.LightningModule):
             raise ValueError(REPLICAS_GIVEN)
         resuming = self._trainer is not None and self.trainer.state.fn == "fit"
         if resuming and self.outer_schedule is None and self.outer_final != 1:
-            before, now = saved["max_steps"], self.trainer.max_steps
+            before, now = saved["max_steps"], total_steps(self.trainer)
             if before != now:
                 raise ValueError(
                     f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
@@ -511,6 +631,11 @@ class MetaLearner(L.LightningModule):
                 )
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+
+# A lambda, since the command line reads the default's class and settings from its source; by this name it is pickled.
+_interpolation = MetaLearner.__init__.__defaults__[0]  # type: ignore[index]
+_interpolation.__qualname__ = "_interpolation"
 
 
 REPLICAS_GIVEN = "the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say."

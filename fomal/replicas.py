@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fomal.checks import settings
+from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import refuse_disagreement
@@ -20,9 +21,10 @@ from fomal.inner.rollout import InnerLoop
 from fomal.learner import MetaLearner
 from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
 from fomal.output import rank_zero_warn
+from fomal.preflight import check_epochs, check_outer_step
 from fomal.trainer_steps import one_by_one
 from fomal.trust import check_states
-from fomal.watch import LOOK_EVERY, Watch
+from fomal.watch import LOOK_EVERY, Watch, nonfinite, refuse_nonfinite_state, refuse_nonfinite_weights
 
 SAME = (
     "inner_steps",
@@ -123,13 +125,14 @@ class Replicas(L.LightningModule):
         Raises:
             FloatingPointError: none is left.
         """
+        weights = [not nonfinite(learner.network.named_parameters()) for learner in self]
         for place, finite in enumerate(self._finite.tolist()):
-            if finite or place in self.stopped:
+            if (finite and weights[place]) or place in self.stopped:
                 continue
             self.stopped[place] = step
             rank_zero_warn(
-                f"replica {place} stops at meta-iteration {step}, where its loss, gradient or inner state is not "
-                f"finite; the others go on. Lower its step sizes."
+                f"replica {place} stops at meta-iteration {step}, where its loss, gradient, inner state or weights are "
+                f"not finite; the others go on. Lower its step sizes."
             )
         if len(self.stopped) == len(self.learners):
             raise FloatingPointError(
@@ -179,6 +182,14 @@ class Replicas(L.LightningModule):
 
     # -- checks before work starts, and checkpoints
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None; see `MetaLearner.configure_callbacks`."""
+        if self.trainer.state.fn == "fit":
+            check_outer_step(self.trainer)
+            if isinstance(getattr(self.trainer, "datamodule", None), EpisodeDataModule):
+                check_epochs(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run, for each learner by itself."""
         data = getattr(self.trainer, "datamodule", None)
@@ -194,9 +205,36 @@ class Replicas(L.LightningModule):
     def on_train_start(self) -> None:
         """Refuse processes that go on from different checkpoints."""
         refuse_disagreement({"the meta-iteration they go on from": self.global_step})
+        self.refuse_nonfinite()
+
+    def on_validation_start(self) -> None:
+        """Refuse weights that are not finite, once training has not."""
+        if self.trainer.state.fn != "fit":
+            self.refuse_nonfinite()
+
+    def on_test_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def on_predict_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Raise FloatingPointError where a weight of a replica that has not stopped is infinite or NaN."""
+        for place, learner in self.running():
+            refuse_nonfinite_weights(learner.network, f"replica {place}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what each replica's own checkpoint has."""
+        """Add what each replica's own checkpoint has.
+
+        Raises:
+            FloatingPointError: values of a replica that has not stopped are not finite; no file is touched then.
+        """
+        self.refuse_nonfinite()
+        for place, learner in self.running():
+            states = checkpoint.get("optimizer_states", [])[place : place + 1]
+            refuse_nonfinite_state({**checkpoint, "optimizer_states": states}, learner.carried)
         checkpoint["fomal"] = {
             "config": self.config,
             "replicas": [learner.own_part() for learner in self],

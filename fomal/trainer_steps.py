@@ -33,6 +33,14 @@ def count_batch(trainer: L.Trainer) -> None:
     loop._batches_that_stepped += 1
 
 
+def total_steps(trainer: L.Trainer) -> int:
+    """The meta-iterations of a run, by `max_steps` or else by epochs of limited length; -1 where neither ends it."""
+    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
+    if trainer.max_steps >= 0 or not isinstance(limit, int) or not epochs or epochs < 0:
+        return trainer.max_steps
+    return epochs * limit
+
+
 def check_intervals(trainer: L.Trainer, size: int) -> None:
     """Refuse what would fall within a chunk of `size` meta-iterations: validations, rows of the log, checkpoints.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOOK_EVERY = 10  # meta-iterations between looks at what a GPU has found, since each look waits for it
@@ -72,3 +73,56 @@ class Watch:
             f"model.inner_optimizer.lr or the outer step size, or leave such tasks out with model.on_nonfinite: "
             f"skip_task."
         )
+
+
+def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors that hold an infinite value or NaN; waits for the device once."""
+    floating = [(name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel()]
+    if not floating:
+        return []
+    finite = torch.stack([t.isfinite().all() for _, t in floating]).tolist()
+    return [name for (name, _), is_finite in zip(floating, finite, strict=True) if not is_finite]
+
+
+def refuse_nonfinite_weights(network: nn.Module, where: str) -> None:
+    """Raise FloatingPointError, naming the parameter, where a network's weights are not finite."""
+    if names := nonfinite(network.named_parameters()):
+        raise FloatingPointError(
+            f"{where}: the network's {some(names)} is infinite or NaN, so training has diverged: use an earlier "
+            f"checkpoint, e.g. previous.ckpt, and train with a lower outer step size."
+        )
+
+
+def refuse_nonfinite_state(checkpoint: Mapping[str, Any], carried: Mapping[str, Mapping[str, Tensor]] | None) -> None:
+    """Look at what a checkpoint of Lightning's holds beside the weights, before it is written.
+
+    Args:
+        checkpoint: with `optimizer_states`, where it has any.
+        carried: the inner optimiser's state.
+
+    Raises:
+        FloatingPointError: an outer optimiser's state or step size, or the carried state, is infinite or NaN.
+    """
+    parts = dict(_outer_state(checkpoint))
+    parts |= {f"carried {part} of {name}": t for part, values in (carried or {}).items() for name, t in values.items()}
+    if names := nonfinite(parts.items()):
+        raise FloatingPointError(
+            f"meta-iteration {checkpoint['global_step']}: the {some(names)} is infinite or NaN, so no checkpoint is "
+            f"written, and earlier ones stay: lower the outer step size or model.inner_optimizer.lr."
+        )
+
+
+def _outer_state(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for group in optimizer["param_groups"]:
+            yield "outer step size", torch.as_tensor(group["lr"], dtype=torch.float64)
+        for number, values in optimizer["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    yield f"outer optimiser's {name} of parameter {number}", value
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    names = list(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

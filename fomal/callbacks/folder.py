@@ -7,6 +7,9 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+METRICS = ("train", "val")
+"""How folders end that `ModelCheckpoint(filename="{val/loss}")` makes of the slash in a metric's name."""
+
 
 def run_folder(trainer: L.Trainer) -> Path:
     """The run's folder: that of the checkpoint being tested, else the logger's, else `default_root_dir`.
@@ -15,6 +18,8 @@ def run_folder(trainer: L.Trainer) -> Path:
     """
     if trainer.state.fn != "fit" and trainer.ckpt_path:
         folder = Path(trainer.ckpt_path).parent
+        while folder.name.endswith(METRICS):
+            folder = folder.parent
         return folder.parent if folder.name == "checkpoints" else folder
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, Namespace
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
@@ -42,7 +42,7 @@ from fomal.distributed import in_company, launched_processes, meet_first
 from fomal.files import atomic_replace, keep_earlier
 from fomal.learner import MetaLearner
 from fomal.output import say, tell
-from fomal.preflight import check_precision
+from fomal.preflight import check_epochs, check_outer_step, check_precision
 from fomal.replicas import Replicas
 from fomal.terminal import calm_lightning
 from fomal.trainer_steps import check_intervals
@@ -82,12 +82,12 @@ def default_callbacks(trainer: dict[str, Any]) -> list[Callback]:
     """
     chosen: list[Callback] = [ReplicaFiles(), ResultsFile(), PredictionsFile(), LearningCurve(), EpisodeGrid()]
     chosen.append(ExitOnSigterm())
-    if trainer.get("enable_progress_bar") is not False:
-        chosen.insert(0, MetaProgressBar())  # it frees the terminal before tables are printed
     if trainer.get("enable_checkpointing") is not False:
         chosen.append(SaveLast())
     configured = trainer.get("callbacks") or []
     configured = configured if isinstance(configured, list) else [configured]
+    if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in configured):
+        chosen.insert(0, MetaProgressBar())  # it frees the terminal before tables are printed
     return [callback for callback in chosen if not any(isinstance(other, type(callback)) for other in configured)]
 
 
@@ -269,11 +269,25 @@ class FomalCLI(LightningCLI):
     # -- building and running
 
     def before_instantiate_classes(self) -> None:
-        """Refuse 16-bit floating point; put a seed drawn at random where the link could not know it."""
+        """Refuse 16-bit floating point, place the run, and put a seed drawn at random where no link could know it."""
         check_precision(self.config[self.verb]["trainer"].get("precision"))  # on a CPU Lightning would change it
+        self._place_run(self.config[self.verb]["trainer"])
         config, (source, target) = self.config[self.verb], SEED
         if target in config:
             config[target] = stream_seed(config[source])
+
+    def _place_run(self, trainer: Namespace) -> None:
+        """Let `default_root_dir` place the run where no logger does; say so where one does."""
+        root, logger = trainer.get("default_root_dir"), trainer.get("logger")
+        if not root or not logger or isinstance(logger, bool):
+            return
+        for one in logger if isinstance(logger, list) else [logger]:
+            place = one.get("init_args", {}).get("save_dir")
+            if place and not Path(place).resolve().is_relative_to(Path(root).resolve()):
+                say(
+                    f"the run is in {place}, as trainer.logger says, and not in trainer.default_root_dir={root}: "
+                    f"use --trainer.logger.init_args.save_dir {root} to change that."
+                )
 
     def instantiate_classes(self) -> None:
         """Build everything; raise what a constructor raised, not jsonargparse's account of all it tried."""
@@ -289,6 +303,8 @@ class FomalCLI(LightningCLI):
         """Refuse a meta-batch that does not divide; tell the model its configuration, for checkpoints and results."""
         if self.verb == "fit":
             self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
+            check_outer_step(self.trainer)
+            check_epochs(self.trainer)
             check_intervals(self.trainer, self.model.meta_iterations_per_step)  # before data are read
         plain = self._plain(self.config)
         config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}

@@ -62,6 +62,10 @@ class Recorder:
         self.is_on = wanted is not False
         self._recordings: dict[Any, Recording] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without recordings, which a copy or another process makes for itself."""
+        return vars(self) | {"_recordings": {}}
+
     def __call__(self, name: Any, function: Function, *args: Any) -> Any:
         """`function(*args)`, a function of tensors with tasks in front.
 
