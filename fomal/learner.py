@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import importlib
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -39,6 +42,22 @@ from fomal.tree import Tree
 from fomal.trust import check_states
 from fomal.versions import commits, versions
 from fomal.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
+
+KEPT = (
+    "outer_final",
+    "inner_steps",
+    "inner_batch_size",
+    "inner_replacement",
+    "inner_state",
+    "eval_inner_steps",
+    "eval_inner_batch_size",
+    "adapt",
+    "outer_parameters",
+    "on_nonfinite",
+    "outer_clip_val",
+    "outer_clip_algorithm",
+)
+"""Arguments in plain values that results depend on: a checkpoint has them, also where no configuration does."""
 
 SKIPPED_AT_MOST = 100
 """Meta-batches without a finite task, one after the other, that end a run. The weights stay as they are meanwhile; even
@@ -162,13 +181,9 @@ class MetaLearner(L.LightningModule):
         self.eval_inner_steps = eval_inner_steps
         self.eval_inner_batch_size = eval_inner_batch_size
         self.meta_iterations_per_step = meta_iterations_per_step
-        replaced = use_batch_statistics(network)
-        if replaced:
-            rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
-        self.adapted = None if adapt is None else matching(network, adapt)
-        if self.adapted is not None:
-            self._restrict(self.adapted, outer_parameters)
-        self.objective = Objective(network, vectorize, Recorder(network, recorded, compiled))
+        self.adapt, self.outer_parameters = adapt, outer_parameters
+        self.vectorize, self.recorded, self.compiled = vectorize, recorded, compiled
+        self._take_network()
         self.chunks = Chunks(tasks_per_chunk)
         self.cuda_graph = cuda_graph
         self.captured: CapturedGradient | None = None
@@ -186,6 +201,16 @@ class MetaLearner(L.LightningModule):
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
         self.accuracies = TaskMean(2, sync_on_compute=False)  # alone, transductive
         self.distances = TaskMean(sync_on_compute=False)
+
+    def _take_network(self) -> None:
+        """Prepare the network, at first and where another has been put in its place."""
+        replaced = use_batch_statistics(self.network)
+        if replaced:
+            rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
+        self.adapted = None if self.adapt is None else matching(self.network, self.adapt)
+        if self.adapted is not None:
+            self._restrict(self.adapted, self.outer_parameters)
+        self.objective = Objective(self.network, self.vectorize, Recorder(self.network, self.recorded, self.compiled))
 
     @property
     def eval_inner_steps(self) -> int:
@@ -231,6 +256,8 @@ class MetaLearner(L.LightningModule):
 
     def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
         """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
+        if self.objective.network is not self.network:
+            self._take_network()
         like = next(self.network.parameters())
         inner = InnerLoop(
             objective=self.objective,
@@ -369,8 +396,10 @@ class MetaLearner(L.LightningModule):
             gradient = None if found is None else found.gradient.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         if self.outer_clip_val is not None:
-            clip = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}[self.outer_clip_algorithm]
-            clip(self.network.parameters(), self.outer_clip_val)
+            if self.outer_clip_algorithm == "norm":
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.outer_clip_val)
+            else:
+                nn.utils.clip_grad_value_(self.network.parameters(), self.outer_clip_val)
 
     def seed_for(self, seed: int) -> None:
         """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
@@ -424,7 +453,7 @@ class MetaLearner(L.LightningModule):
                 f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
                 f"or model.outer_final: 1 for a constant step size."
             )
-        schedule = LambdaLR(optimizer, lambda step: 1 + (final - 1) * min(step / max(total, 1), 1))
+        schedule = LambdaLR(optimizer, partial(_linear, total, final))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- evaluation
@@ -609,9 +638,61 @@ class MetaLearner(L.LightningModule):
             "carried": self.carried,
             "max_steps": total_steps(self.trainer),
             "skipped_tasks": self.skipped_tasks,
+            "settings": {name: getattr(self, name) for name in KEPT},
             "versions": versions(),
             "commits": commits(),
         }
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # trust instead of hparams_file
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        *,
+        trust: Collection[str] | None = None,
+        **parts: Any,
+    ) -> MetaLearner:
+        """The learner of a checkpoint, with its weights and carried state, ready to be tested or to predict.
+
+        One of `fomal fit` says how it is made. One of a learner made in Python has its settings, but no objects: give
+        at least `network`, `rule` and `inner_optimizer`, and whatever else should differ.
+
+        Args:
+            checkpoint_path: a file.
+            map_location: the device to put the learner on.
+            trust: names, or packages, that the checkpoint's configuration may use beside fomal's and torch's.
+            parts: arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no checkpoint of one learner, or does not say how to make it.
+            FloatingPointError: its weights are not finite.
+        """
+        # By name, since building from a configuration is above the learner; nothing else here needs it.
+        reader = importlib.import_module("fomal.build")
+        checkpoint = reader.read_checkpoint(checkpoint_path)
+        saved = checkpoint["fomal"]
+        if "replicas" in saved:
+            raise ValueError(REPLICAS_GIVEN)
+        if parts:
+            missing = [name for name in ("network", "rule", "inner_optimizer") if name not in parts]
+            if missing:
+                raise ValueError(f"{checkpoint_path}: give load_from_checkpoint {' and '.join(missing)} too.")
+            learner = cls(**{**saved.get("settings", {}), **parts})
+        elif saved["config"]:
+            learner, _ = reader.build(saved["config"], trust, str(checkpoint_path))
+            learner.config = saved["config"]
+        else:
+            raise ValueError(
+                f"{checkpoint_path} is of a learner that was made in Python, so it does not say of what: use "
+                f"load_from_checkpoint({str(checkpoint_path)!r}, network=..., rule=..., inner_optimizer=...)."
+            )
+        weights = checkpoint["state_dict"]
+        learner.network.to(next(t.dtype for name, t in weights.items() if name.startswith("network.")))
+        learner.load_state_dict(weights)
+        learner.on_load_checkpoint(checkpoint)
+        refuse_nonfinite_weights(learner.network, str(checkpoint_path))
+        return learner.eval() if map_location is None else learner.eval().to(map_location)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
@@ -631,6 +712,11 @@ class MetaLearner(L.LightningModule):
                 )
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+
+def _linear(total: int, final: float, step: int) -> float:
+    """The share of the outer step size after `step` of `total` meta-iterations."""
+    return 1 + (final - 1) * min(step / max(total, 1), 1)
 
 
 # A lambda, since the command line reads the default's class and settings from its source; by this name it is pickled.

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from fomal.distributed import launched_processes, leave_at_exit
-from fomal.output import rank_zero_warn
+from fomal.output import rank_zero_info, rank_zero_warn
 
 HALF = "would need loss scaling inside the inner loop, which is not there: use 32-true, or bf16-mixed."
 
@@ -95,10 +95,10 @@ def check_epochs(trainer: Any) -> None:
 
 
 def tell_of_validation(trainer: Any) -> None:
-    """Warn where validation waits for the end of an epoch that has none."""
+    """Say where validation waits for the end of an epoch that has none."""
     by_epoch = getattr(trainer, "val_check_interval", None) == 1.0 and trainer.check_val_every_n_epoch is not None
     if by_epoch and not isinstance(trainer.limit_train_batches, int) and trainer.limit_val_batches:
-        rank_zero_warn(
+        rank_zero_info(
             "there is no validation in this run, since it comes at the end of an epoch, which is endless: give "
             "trainer.check_val_every_n_epoch=None and trainer.val_check_interval, in meta-iterations, or "
             "trainer.limit_train_batches, those of an epoch."

@@ -124,5 +124,5 @@ def _outer_state(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def some(names: Iterable[object], most: int = 5) -> str:
     """The first of many names, and how many more there are."""
-    names = list(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -189,6 +189,7 @@ def test_nothing_is_saved_while_such_a_value_is_unseen(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*no task of its meta-batch is finite")
 def test_skipped_tasks_are_counted_and_a_meta_batch_of_them_moves_nothing(tmp_path: Path) -> None:
     learner = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task", outer_optimizer=momentum)
     logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="run")
@@ -230,6 +231,7 @@ def train_poisoned(folder: Path) -> None:
     torch.save((weights(learner), learner.skipped_tasks), folder / f"{world}-{os.environ.get('RANK', 0)}.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*no task of its meta-batch is finite")
 def test_the_mean_over_processes_counts_tasks_not_processes(tmp_path: Path) -> None:
     """Nor chunks."""
     for world in (1, 2):

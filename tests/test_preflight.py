@@ -67,9 +67,10 @@ def test_what_means_nothing_to_a_meta_iteration_is_refused_before_work(
         fit(**settings)
 
 
-def test_a_run_without_a_validation_says_so() -> None:
-    with pytest.warns(UserWarning, match="there is no validation in this run, .*trainer.val_check_interval"):
+def test_a_run_without_a_validation_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
         fit(check_val_every_n_epoch=1, val_check_interval=1.0)
+    assert "there is no validation in this run" in caplog.text
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

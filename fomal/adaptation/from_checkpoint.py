@@ -27,6 +27,7 @@ from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.output import rank_zero_info
 from fomal.trust import Trust
 from fomal.versions import versions
+from fomal.watch import nonfinite, refuse_nonfinite_weights
 
 
 def adapt(
@@ -64,6 +65,7 @@ def adapt(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
+        FloatingPointError: the checkpoint's weights, or the adapted ones, are infinite or NaN.
         ValueError: for images or labels that cannot be used, or a checkpoint that does not say what it was trained on.
     """
     content = read_checkpoint(checkpoint)
@@ -134,6 +136,7 @@ def _give_weights(content: dict[str, Any], learner: MetaLearner) -> int:
     weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
     learner.network.to(next(iter(weights.values())).dtype)
     learner.network.load_state_dict(weights)
+    refuse_nonfinite_weights(learner.network, "adapt")
     learner.carried = content["fomal"]["carried"]
     learner.objective = Objective(learner.network, vectorize=False)  # there is one task
     return outputs(learner.network.get_submodule(find_head(learner.network)))
@@ -162,7 +165,14 @@ def _run(learner: MetaLearner, x: Tensor, y: Tensor, ways: int, seed: int) -> Te
     task = Episode(x[None], y[None], x[None, :0], y[None, :0], torch.zeros(1, dtype=torch.int64), ways, seed)
     episode = task._replace(split=split_index("test")).to(like.device)
     learner.network.eval()
-    trajectory = learner.inner_loop(episode, training=False).rollout(learner.initialisation())
+    inner = learner.inner_loop(episode, training=False)
+    trajectory = inner.rollout(learner.initialisation())
+    after = learner.objective.losses(trajectory.end, inner.episode.support_x, inner.episode.support_y)
+    if nonfinite([*trajectory.end.items(), ("losses", trajectory.losses), ("the last", after)]):
+        raise FloatingPointError(
+            f"the loss or the weights are not finite within {learner.eval_inner_steps} steps of adaptation, so there "
+            f"is no model: use fewer steps, or an optimizer with a smaller step size."
+        )
     for name, value in trajectory.end.items():
         learner.network.get_parameter(name).copy_(value[0])
     return trajectory.losses[:, 0]

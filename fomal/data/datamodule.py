@@ -6,6 +6,7 @@ import signal
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import lightning as L
@@ -290,7 +291,7 @@ class EpisodeDataModule(L.LightningDataModule):
 
     def _evaluation(self, split: str, tasks: int) -> EpisodeLoader:
         stream = EpisodeStream(self, split, self.eval_tasks_per_batch, tasks=tasks)
-        return EpisodeLoader(lambda: self._loader(stream), len(stream))
+        return EpisodeLoader(partial(self._loader, stream), len(stream))
 
     def _loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
         return DataLoader(
