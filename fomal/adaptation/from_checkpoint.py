@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomal.adaptation.model import Adapted, ImageLike, decode_all
+from fomal.adaptation.inputs import ImageLike, decode_all
+from fomal.adaptation.model import Adapted
 from fomal.build import build, read_checkpoint
 from fomal.checks import positive
 from fomal.data.datamodule import EpisodeDataModule, split_index
@@ -32,7 +33,7 @@ from fomal.watch import nonfinite, refuse_nonfinite_weights
 
 def adapt(
     checkpoint: str | Path,
-    images: Iterable[ImageLike] | Tensor,
+    images: ImageLike | Iterable[ImageLike],
     labels: Sequence[str],
     *,
     steps: int | None = None,

@@ -11,26 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.build import build_network
-from fomal.data.image_format import ImageFormat, Remarks
-from fomal.files import read_regular
+from fomal.data.image_format import ImageFormat
 from fomal.inner.objective import Objective
 from fomal.models.head import resize_head
 from fomal.models.norm import has_batch_norm, use_batch_statistics
 from fomal.tree import Tree, detach
-
-ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
-"""A file, an image of Pillow's, an array (H, W) or (H, W, C), or a tensor (C, H, W); uint8, or of more than 8 bits as
-`ImageFormat.value_range` says."""
 
 _FORMAT = 1  # of the folder
 _TOGETHER = 256  # images in a forward pass, where each to be predicted brings the support set along
@@ -83,15 +75,18 @@ class Adapted:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def predict(self, images: Iterable[ImageLike] | Tensor, transductive: bool = False) -> Predictions:
+    def predict(self, images: ImageLike | Iterable[ImageLike], transductive: bool = False) -> Predictions:
         """Classify images.
 
         Args:
-            images: files, images of Pillow's, arrays or tensors, each of any size; or (Q, C, H, W) uint8.
+            images: files, images of Pillow's, arrays or tensors, each of any size, or a single one; (Q, C, H, W) uint8;
+                or the path of a folder or an archive, of which all images are taken, sorted by name.
             transductive: forward all images together, so that batch norm sees them alone; what is said of one then
                 depends on the others. Otherwise each is forwarded with the support set and nothing else.
 
         Raises:
+            FileNotFoundError: there is no such file or folder.
+            TypeError: `images` is nothing of the kind.
             ValueError: an image cannot be read; or `transductive` with one image and batch norm.
         """
         return self.predict_pixels(torch.from_numpy(decode_all(images, self.image_format)), transductive)
@@ -200,32 +195,3 @@ def refuse_existing(folder: Path) -> None:
     """Raise FileExistsError where `folder` exists: an adapted model is never written over."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give another folder, or remove it.")
-
-
-def decode_all(images: Iterable[ImageLike] | Tensor, image_format: ImageFormat) -> NDArray[np.uint8]:
-    """Images of any size as (N, C, H, W) uint8; warns of what is worth a line about them all.
-
-    Raises:
-        ValueError: some cannot be read; names them all.
-    """
-    decoded, wrong, remarks = [], [], Remarks()
-    for place, image in enumerate(images):
-        name = str(image) if isinstance(image, str | Path) else f"image {place}"
-        try:
-            decoded.append(_decoded(image, image_format, remarks))
-        except (ValueError, OSError) as error:
-            wrong.append(f"{name} ({error})")
-    if wrong:
-        raise ValueError(f"{len(wrong)} images cannot be used: {'; '.join(wrong)}.")
-    for line in remarks.lines(image_format.value_range):
-        rank_zero_warn(f"{line}.")
-    shape = (0, image_format.channels, image_format.height, image_format.width)
-    return np.stack(decoded) if decoded else np.zeros(shape, np.uint8)
-
-
-def _decoded(image: ImageLike, image_format: ImageFormat, remarks: Remarks) -> NDArray[np.uint8]:
-    if isinstance(image, str | Path):
-        return image_format.decode(read_regular(Path(image).expanduser()), str(image), remarks)
-    if isinstance(image, Tensor):
-        image = image.cpu().movedim(0, -1).numpy() if image.ndim == 3 else image.cpu().numpy()
-    return image_format.decode(image, "", remarks)

@@ -18,9 +18,12 @@ from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain
 from fomal.cli.given import TRUST_HELP, take_trust
 from fomal.cli.help import HelpFormatter
+from fomal.cli.images import add_image_options, selection, table_settings
+from fomal.data.columns import AUTOMATIC, TableSettings
 from fomal.data.image_files import usable
 from fomal.data.image_format import ImageFormat
-from fomal.data.listing import by_folders
+from fomal.data.manifest import list_images
+from fomal.data.selection import EVERY, Selection, tell_left_out
 from fomal.data.source import open_source
 from fomal.data.store import Decoding, scan
 from fomal.inner.optimizer import InnerOptimizer
@@ -42,7 +45,9 @@ def run(verb: str, args: Sequence[str]) -> Adapted:
     args, trust = take_trust(args)
     given = _parse(verb, args)
     refuse_existing(given.out)
-    pixels, labels = read_support(given.support, image_format_of(given.ckpt_path, trust), given.on_error)
+    table = table_settings(given), selection(given)
+    image_format = image_format_of(given.ckpt_path, trust)
+    pixels, labels = read_support(given.support, image_format, given.on_error, given.labels, *table)
     settings = {"steps": given.steps, "batch_size": given.batch_size, "optimizer": given.optimizer, "seed": given.seed}
     adapted = adapt(given.ckpt_path, pixels, labels, device=given.device, trust=trust, **settings)
     adapted.save(given.out)
@@ -74,6 +79,7 @@ def _parse(verb: str, args: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--support", type=str, required=True, help="folder, zip, tar or npz with a folder of images per class"
     )
+    add_image_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model into; must not exist")
     parser.add_argument("--steps", type=int | None, help="inner steps; by default those of the checkpoint's evaluation")
     parser.add_argument("--batch_size", type=int | None, help="images per step; likewise")
@@ -98,19 +104,39 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def read_support(folder: str, image_format: ImageFormat, on_error: str) -> tuple[torch.Tensor, list[str]]:
-    """The images of a folder of class folders, (S, C, H, W) uint8, and the class of each.
+def read_support(
+    folder: str,
+    image_format: ImageFormat,
+    on_error: str,
+    labels: Sequence[str] | None = None,
+    settings: TableSettings = AUTOMATIC,
+    selected: Selection = EVERY,
+) -> tuple[torch.Tensor, list[str]]:
+    """The images of a folder or archive, (S, C, H, W) uint8, and the class of each.
+
+    Args:
+        folder: its path; each class has a folder in it, unless a table says otherwise.
+        image_format: what the images become.
+        on_error: about images and rows that cannot be used, "raise" or "skip".
+        labels: paths of the table with the classes; see `list_images`.
+        settings: how it is written.
+        selected: which images are meant.
 
     Raises:
-        FileNotFoundError: there is no such folder or zip.
-        ValueError: images cannot be used, or the folders are those of splits.
+        FileNotFoundError: there is no such folder, archive or table.
+        ValueError: images cannot be used, or are those of several splits, or of fewer than two classes.
     """
     source = open_source(folder, "support")
-    listing = by_folders(source)
-    if any(file.split for file in listing.files):
-        raise ValueError(f"{source.label} has the folders of several splits: give one of them.")
+    listing = list_images(source, labels, settings, selected, on_error)
+    tell_left_out(source.label, listing.left_out)
+    splits = sorted({file.split for file in listing.files})
+    if len(splits) > 1:
+        raise ValueError(f"{source.label} has images of several splits, {', '.join(splits)}: give those of one.")
+    if len({file.label for file in listing.files}) < 2:
+        only = listing.files[0].label if listing.files else "none"
+        raise ValueError(f"{source.label} has one class, {only!r}: there must be two at least to tell apart.")
     names = [file.name for file in listing.files]
     digests, problems = scan(source, names, image_format)
     kept = usable(source, listing, problems, digests, on_error)
-    pixels = Decoding(source, names, image_format).index_select(0, torch.tensor(kept))
+    pixels = Decoding(source, names, image_format).index_select(0, torch.tensor(kept, dtype=torch.int64))
     return pixels, [listing.files[i].label for i in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import unicodedata
@@ -14,12 +15,17 @@ from rich.table import Table
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fomal.adaptation import Adapted, Predictions
+from fomal.checks import first_line
 from fomal.cli.adapt import check_device
 from fomal.cli.arguments import Arguments
 from fomal.cli.compare import check_kind, save
 from fomal.cli.errors import UsageError
 from fomal.cli.given import TRUST_HELP
+from fomal.cli.images import add_image_options, selection, table_settings
+from fomal.data.columns import TableSettings
 from fomal.data.image_files import report
+from fomal.data.manifest import by_labels
+from fomal.data.selection import tell_left_out
 from fomal.data.source import FileSource, Source, is_archive, open_source
 from fomal.data.store import Decoding, scan
 from fomal.files import atomic_replace
@@ -32,73 +38,137 @@ _WIDEST = 15  # classes of a confusion matrix that fits a terminal
 
 
 def run(verb: str, args: Sequence[str]) -> Predictions:
-    """Parse `args`, classify, write the table; return the predictions.
+    """Parse `args`, classify, write the table; return the predictions of the images that could be read.
 
     Raises:
         UsageError: a mistake in the command line.
         FileNotFoundError: there is no such model, or no such image.
-        ValueError: images cannot be used.
+        ValueError: images cannot be used; unless --on_error says otherwise, after the others were classified.
     """
+    given = _parse(verb, args)
+    settings = table_settings(given)
+    model = Adapted.load(given.adapted, given.device, given.trust)
+    source, lacking = _source(given.images)
+    meant, left_out = selection(given).split(source, source.images)
+    tell_left_out(source.label, {**source.left_out, **left_out})
+    known = _known(source, given, settings)
+    _, problems = scan(source, meant, model.image_format)  # before anything is written
+    problems = lacking | problems
+    if given.on_error != "row" or len(problems) == len(meant) + len(lacking):
+        report(source.label, problems, [], "raise" if given.on_error == "row" else given.on_error)
+    if given.on_error == "skip":
+        meant, lacking = [name for name in meant if name not in problems], {}
+    if not meant:
+        raise ValueError(f"{source.label} has no image to classify.")
+    images = _Images(Decoding(source, meant, model.image_format), problems)
+    predictions = _write(given.out, model, images, lacking, given.transductive, given.on_error == "row")
+    names = [name for name in meant if name not in problems]
+    tell(f"{len(names)} images: {_counts(predictions)}. The table is {given.out}.")
+    truth = _truth(names, model.classes) if known is None else [known.get(name) for name in names]
+    if any(label in model.classes for label in truth):
+        _print_accuracy(model.classes, truth, predictions, "in folders of" if known is None else "with")
+    if given.sheet is not None:
+        pixels = images.read([meant.index(name) for name in names[:SHOWN]])[1]
+        save(contact_sheet(pixels, predictions.labels, predictions.probabilities.amax(1), truth), given.sheet)
+        tell(f"The sheet is {given.sheet}.")
+    if problems and given.on_error == "row":
+        report(f"{given.out} is written, but {source.label}", problems, [], "raise")
+    return predictions
+
+
+def _parse(verb: str, args: Sequence[str]) -> argparse.Namespace:
     parser = Arguments(verb, "--adapted DIR --images DIR_OR_FILE... --out FILE.csv [options]", str(__doc__))
     parser.add_argument("--adapted", type=Path, required=True, help="folder written by `fomal adapt`")
     parser.add_argument("--images", nargs="+", required=True, help="files, or one folder, zip, tar or npz")
-    parser.add_argument("--out", type=Path, required=True, help="table to write: file, label, probabilities")
+    parser.add_argument("--out", type=Path, required=True, help="table to write: file, label, probabilities, error")
     parser.add_argument("--sheet", type=Path, help=f"figure of the first {SHOWN} images with their labels")
+    add_image_options(parser)
     parser.add_argument(
         "--transductive", action="store_true", help="let batch norm see all images together, and only them"
     )
-    parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="about unusable images")
+    parser.add_argument(
+        "--on_error",
+        choices=("row", "raise", "skip"),
+        default="row",
+        help="about unusable images: classify the others, give each a row with its error, and exit with 1 (row); write "
+        "nothing (raise); leave them out (skip)",
+    )
     parser.add_argument("--trust", action="append", metavar="NAME", help=TRUST_HELP)
     parser.add_argument("--device", default="cpu", help="e.g. cuda")
     given = parser.parse(args)
     check_device(given.device)
     if given.sheet is not None:
         check_kind(given.sheet, "--sheet")
-    model = Adapted.load(given.adapted, given.device, given.trust)
-    source = _source(given.images)
-    _, problems = scan(source, source.images, model.image_format)  # before anything is written
-    report(source.label, problems, [], given.on_error)
-    names = [name for name in source.images if name not in problems]
-    if not names:
-        raise ValueError(f"{source.label} has no image to classify.")
-    images = Decoding(source, names, model.image_format)
-    predictions = _write(given.out, model, images, given.transductive)
-    tell(f"{len(names)} images: {_counts(predictions)}. The table is {given.out}.")
-    truth = _truth(names, model.classes)
-    if any(truth):
-        _print_accuracy(model.classes, truth, predictions)
-    if given.sheet is not None:
-        pixels = images.index_select(0, torch.arange(min(SHOWN, len(names))))
-        certain = predictions.probabilities.amax(1)
-        save(contact_sheet(pixels, predictions.labels, certain, truth), given.sheet)
-        tell(f"The sheet is {given.sheet}.")
-    return predictions
+    return given
 
 
-def _source(images: Sequence[str]) -> Source:
-    """One folder or archive, or files."""
+def _source(images: Sequence[str]) -> tuple[Source, dict[str, str]]:
+    """One folder or archive, or files; and those of several files that are not there, with what is wrong."""
     only = Path(images[0]).expanduser()
     if len(images) == 1 and (only.is_dir() or is_archive(only)):
-        return open_source(images[0], "images")
+        return open_source(images[0], "images"), {}
     folders = [path for path in images if Path(path).is_dir()]
     if folders:
         raise UsageError(f"--images {folders[0]}: give one folder alone, or files.")
-    return FileSource(images, "images")
+    there = [path for path in images if Path(path).is_file()]
+    gone = {*images} - {*there}
+    lacking = {path: "no regular file" if Path(path).exists() else "no such file" for path in images if path in gone}
+    return FileSource(there or images, "images"), lacking
 
 
-def _write(out: Path, model: Adapted, images: Decoding, transductive: bool) -> Predictions:
-    """Classify and write the table, few images in memory at once."""
+def _known(source: Source, given: argparse.Namespace, settings: TableSettings) -> dict[str, str] | None:
+    """The class of each file by --labels; None without it."""
+    if given.labels is None:
+        return None
+    on_error = "raise" if given.on_error == "raise" else "skip"
+    listing = by_labels(source, given.labels, settings, on_error=on_error)
+    return {file.name: file.label for file in listing.files}
+
+
+class _Images:
+    """Images of which some cannot be read: `problems` says which, and learns of more."""
+
+    def __init__(self, images: Decoding, problems: dict[str, str]) -> None:
+        self.images, self.problems, self.names = images, problems, images.names
+
+    def read(self, places: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        """Those of the images at `places` that can be read: their places and pixels (M, C, H, W) uint8."""
+        good = [place for place in places if self.names[place] not in self.problems]
+        try:
+            return good, self.images.index_select(0, torch.tensor(good, dtype=torch.int64))
+        except ValueError:  # a file has changed meanwhile: which?
+            for place in good:
+                try:
+                    self.images.index_select(0, torch.tensor([place]))
+                except ValueError as error:
+                    self.problems[self.names[place]] = (
+                        f"it has become unreadable: {first_line(error.__cause__ or error)}"
+                    )
+            return self.read(good)
+
+
+def _write(
+    out: Path, model: Adapted, images: _Images, lacking: dict[str, str], transductive: bool, errors: bool
+) -> Predictions:
+    """Classify and write the table, few images in memory at once; with `errors` it has a column of them."""
     labels: list[str] = []
     probabilities = [torch.empty(0, len(model.classes))]
+    blank = [""] * (1 + len(model.classes))
     with atomic_replace(out, keep=True) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(map(quoted, ["file", "label", *model.classes]))
+        writer.writerow(map(quoted, ["file", "label", *model.classes, *(["error"] if errors else [])]))
         for places in _parts(len(images.names), transductive):
-            part = model.predict_pixels(images.index_select(0, places), transductive)
-            for place, label, row in zip(places.tolist(), part.labels, part.probabilities.tolist(), strict=True):
-                writer.writerow([quoted(images.names[place]), quoted(label), *(f"{p:.6f}" for p in row)])
+            good, pixels = images.read(places.tolist())
+            part = model.predict_pixels(pixels, transductive)
+            shares = [[f"{p:.6f}" for p in row] for row in part.probabilities.tolist()]
+            cells = {place: [label, *row] for place, label, row in zip(good, part.labels, shares, strict=True)}
+            for place in places.tolist():
+                name = images.names[place]
+                row = [name, *cells.get(place, blank), *([images.problems.get(name, "")] if errors else [])]
+                writer.writerow(map(quoted, row))
             labels += part.labels
             probabilities.append(part.probabilities)
+        writer.writerows([quoted(name), *blank, quoted(reason)] for name, reason in lacking.items())
     return Predictions(labels, torch.cat(probabilities))
 
 
@@ -120,16 +190,18 @@ def _truth(names: Sequence[str], classes: Sequence[str]) -> list[str | None]:
     return found
 
 
-def _print_accuracy(classes: Sequence[str], truth: Sequence[str | None], predictions: Predictions) -> None:
-    known = [(label, found) for label, found in zip(truth, predictions.labels, strict=True) if label is not None]
+def _print_accuracy(
+    classes: Sequence[str], truth: Sequence[str | None], predictions: Predictions, how: str = "in folders of"
+) -> None:
+    known = [(label, found) for label, found in zip(truth, predictions.labels, strict=True) if label in classes]
     right = sum(label == found for label, found in known)
     low, high = wilson(right, len(known))
-    left = f"; {len(truth) - len(known)} images are in folders of no class" if len(known) < len(truth) else ""
+    left = f"; {len(truth) - len(known)} images are {how} no class" if len(known) < len(truth) else ""
     tell(
-        f"Accuracy {100 * right / len(known):.1f} % ({right} of {len(known)} images in folders of their classes; 95 % "
+        f"Accuracy {100 * right / len(known):.1f} % ({right} of {len(known)} images {how} their classes; 95 % "
         f"interval {100 * low:.1f} to {100 * high:.1f} %{left})."
     )
-    PlainConsole().print(_confusion(classes, known))
+    PlainConsole().print(_confusion(classes, [(str(label), found) for label, found in known]))
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

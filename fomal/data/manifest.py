@@ -153,11 +153,13 @@ def read_manifests(
         raise ValueError(f"{where} has no row that can be used.")
     if len({bool(file.split) for file in files}) > 1:
         raise ValueError(f"{where} gives some rows a split and others none: fill the column, or leave it out.")
-    named, left_out = selection.split(source, [file.name for file in files])
-    meant = set(named)
-    seen = {file.name for file in files}
-    left_out |= {name: "that the table does not name" for name in source.images if name not in seen}
-    return listed([file for file in files if file.name in meant], source, [], left_out)
+    seen = dict.fromkeys(file.name for file in files)
+    meant, left_out = selection.split(source, seen | dict.fromkeys(source.images))
+    left_out |= {name: "that the table does not name" for name in meant if name not in seen}
+    files = [file for file in files if file.name not in left_out]
+    if not files:
+        raise ValueError(f"{where} names no image that include and exclude leave: mend the patterns.")
+    return listed(files, source, [], left_out)
 
 
 def metadata(source: Source, settings: TableSettings = AUTOMATIC) -> list[Manifest]:

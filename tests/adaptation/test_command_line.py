@@ -158,15 +158,15 @@ def test_files_and_images_seen_together(
 
 
 def test_mistakes_in_classifying(model: Path, queries: Path, tmp_path: Path, fails: Fails) -> None:
-    folder = shutil.copytree(queries, tmp_path / "queries")
-    (folder / "text.png").write_text("text")
-    (folder / "cut.png").write_bytes((folder / "new20" / "00.png").read_bytes()[:60])
+    folder = spoilt(queries, tmp_path)
     out = tmp_path / "labels.csv"
     good = ["classify", "--adapted", str(model), "--out", str(out), "--images"]
-    said = fails(*good, str(folder), code=1)
+    said = fails(*good, str(folder), "--on_error", "raise", code=1)
     assert "has 2 that cannot be used" in said
     assert "cut.png" in said
     assert "text.png" in said
+    only = fails(*good, str(folder / "cut.png"), code=1)
+    assert "has 1 that cannot be used" in only
     assert "images='gone.png' does not exist: give files, or one folder or zip" in fails(*good, "gone.png", code=1)
     assert "give one folder alone, or files" in fails(*good, str(folder), str(folder))
     assert "a figure can be" in fails(*good, str(folder), "--sheet", "sheet.docx")
@@ -179,6 +179,99 @@ def test_mistakes_in_classifying(model: Path, queries: Path, tmp_path: Path, fai
     with pytest.warns(UserWarning, match="they are left out"):
         main([*good, str(folder), "--on_error", "skip"])
     assert len(rows(out)) == 30
+    assert "error" not in rows(out)[0]
+    for options in (["--separator", ";;"], ["--encoding", "x"], ["--include", ""], ["--labels", "gone.csv"]):
+        assert options[0].strip("-") in fails(*good, str(folder), *options, code=1)
+
+
+def spoilt(queries: Path, tmp_path: Path) -> Path:
+    """The queries and two files that cannot be read."""
+    folder = shutil.copytree(queries, tmp_path / "queries")
+    (folder / "text.png").write_text("text")
+    (folder / "cut.png").write_bytes((folder / "new20" / "00.png").read_bytes()[:60])
+    return folder
+
+
+@pytest.mark.parametrize("transductive", [[], ["--transductive"]])
+def test_no_file_stops_the_others(
+    model: Path, queries: Path, tmp_path: Path, fails: Fails, transductive: list[str]
+) -> None:
+    folder, out = spoilt(queries, tmp_path), tmp_path / "labels.csv"
+    files = [str(folder / name) for name in ("new20/00.png", "cut.png", "gone.png", "new21/01.png", "new22/02.png")]
+    arguments = ["classify", "--adapted", str(model), "--out", str(out), *transductive, "--images"]
+    said = fails(*arguments, *files, code=1)
+    assert said.startswith(
+        f"{out} is written, but images='4 files' has 2 that cannot be used: {files[2]} (no such file);"
+    )
+    table = {row["file"]: row for row in rows(out)}
+    assert sorted(table) == sorted(files)
+    good = [files[0], files[3], files[4]]
+    expected = Adapted.load(model).predict(good, bool(transductive))
+    for name, label, shares in zip(good, expected.labels, expected.probabilities.tolist(), strict=True):
+        assert (table[name]["label"], table[name]["error"]) == (label, "")
+        assert [float(table[name][c]) for c in ("new20", "new21", "new22")] == pytest.approx(shares, abs=2e-6)
+    for name, error in ((files[1], "damaged"), (files[2], "no such file")):
+        assert error in table[name]["error"]
+        assert {table[name][column] for column in ("label", "new20", "new21", "new22")} == {""}
+
+
+def test_a_file_that_vanishes_while_others_are_classified_has_a_row(
+    model: Path, queries: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = shutil.copytree(queries, tmp_path / "queries"), tmp_path / "labels.csv"
+
+    def scan_and_lose(*args: object) -> tuple[None, dict[str, str]]:
+        (folder / "new21" / "03.png").unlink()
+        return None, {}
+
+    monkeypatch.setattr("fomal.cli.classify.scan", scan_and_lose)
+    said = fails("classify", "--adapted", str(model), "--out", str(out), "--images", str(folder), code=1)
+    assert "has 1 that cannot be used: new21/03.png (" in said
+    errors = {row["file"]: row["error"] for row in rows(out)}
+    assert len(errors) == 30
+    assert [name for name, error in errors.items() if error] == ["new21/03.png"]
+
+
+def test_tables_of_classes_and_patterns(
+    checkpoint: Path, support: Path, model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As other people write them, of a folder without folders, with masks beside the pictures."""
+    for source, name in ((support, "few"), (queries, "new")):
+        (tmp_path / name).mkdir()
+        lines = ["Datei;Klasse"]
+        for path in sorted(source.rglob("*.png")):
+            flat = f"{path.parent.name}_{path.stem}"
+            shutil.copy(path, tmp_path / name / f"{flat}.png")
+            (tmp_path / name / f"{flat}_mask.png").write_text("no image")
+            lines.append(f"{name}\\{flat};{path.parent.name}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines), "utf-16")
+    options = ["--file_column", "datei", "--label_column", "klasse", "--exclude", "*_mask.*"]
+    given = ["--support", str(tmp_path / "few"), "--labels", str(tmp_path / "few.csv"), *options]
+    main(["adapt", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "m"), *given])
+    assert torch.equal(Adapted.load(tmp_path / "m").network.head.weight, Adapted.load(model).network.head.weight)
+    given = ["--images", str(tmp_path / "new"), "--labels", str(tmp_path / "new.csv"), *options]
+    capsys.readouterr()
+    predictions = main(["classify", "--adapted", str(model), "--out", str(tmp_path / "l.csv"), *given])
+    expected = main(["classify", "--adapted", str(model), "--out", str(tmp_path / "k.csv"), "--images", str(queries)])
+    assert predictions.labels == expected.labels
+    by_table, by_folders = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Accuracy"))
+    assert by_table == by_folders.replace("in folders of their classes", "with their classes")
+
+
+def test_support_of_one_class_or_several_splits_is_refused(
+    checkpoint: Path, support: Path, tmp_path: Path, fails: Fails
+) -> None:
+    arguments = ["adapt", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "m"), "--support"]
+    said = fails(*arguments, str(support), "--include", "*new20/*", code=1)
+    assert "has one class, 'new20': there must be two at least to tell apart" in said
+    for split in ("training", "test"):
+        shutil.copytree(support, tmp_path / "splits" / split)
+    assert "has images of several splits, test, train: give those of one" in fails(
+        *arguments, str(tmp_path / "splits"), code=1
+    )
+    shutil.rmtree(tmp_path / "splits" / "test")
+    main([*arguments, str(tmp_path / "splits"), "--steps", "1"])
+    assert Adapted.load(tmp_path / "m").classes == ["new20", "new21", "new22"]
 
 
 def test_many_classes_show_the_most_frequent_confusions(capsys: pytest.CaptureFixture[str]) -> None:

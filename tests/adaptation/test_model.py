@@ -16,8 +16,9 @@ from PIL import Image
 from torch import nn
 
 from fomal.adaptation import Adapted, adapt
-from fomal.adaptation.model import decode_all
+from fomal.adaptation.inputs import decode_all
 from fomal.data.image_format import ImageFormat
+from tests.pictures import zipped
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,49 @@ def test_images_come_as_files_pictures_arrays_or_tensors(adapted: Adapted, queri
     forms = [file, str(file), picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)]
     probabilities = adapted.predict(forms).probabilities
     torch.testing.assert_close(probabilities, probabilities[:1].expand(5, -1), rtol=1e-5, atol=1e-7)
+
+
+def test_one_image_and_a_folder_are_taken_as_such(adapted: Adapted, queries: Path, tmp_path: Path) -> None:
+    files = sorted(queries.rglob("*.png"))[:4]
+    (tmp_path / "few").mkdir()
+    for place, file in enumerate(files):
+        shutil.copy(file, tmp_path / "few" / f"{place}.png")
+    (tmp_path / "few" / "notes.txt").write_text("no image")
+    expected = adapted.predict(files).probabilities
+    for folder in (tmp_path / "few", str(tmp_path / "few"), zipped(tmp_path / "few", tmp_path / "few.zip")):
+        torch.testing.assert_close(adapted.predict(folder).probabilities, expected, rtol=1e-5, atol=1e-7)
+    picture = Image.open(files[0])
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for one in (files[0], str(files[0]), picture, array, tensor):
+        torch.testing.assert_close(adapted.predict(one).probabilities, expected[:1], rtol=1e-5, atol=1e-7)
+    many = np.stack([np.asarray(Image.open(file)) for file in files])
+    for every in (many, torch.from_numpy(many).permute(0, 3, 1, 2), iter(files)):
+        torch.testing.assert_close(adapted.predict(every).probabilities, expected, rtol=1e-5, atol=1e-7)
+    grey = adapted.predict(many[..., 0]).probabilities  # (N, H, W)
+    torch.testing.assert_close(grey[:1], adapted.predict(many[0, ..., 0]).probabilities, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("gone", FileNotFoundError, "^images='gone' does not exist: give a file, or a folder or zip of images"),
+        (b"bytes", TypeError, "^images is bytes: give files, images of Pillow's"),
+        ({"a": 1}, TypeError, "^images is dict: give files"),
+        (None, TypeError, "^images is NoneType: give files"),
+        ([None, 3], ValueError, r"^2 images cannot be used: image 0 \(NoneType: give files.*; image 1 \(int: give"),
+        (torch.zeros(1, 1, 3, 8, 8), ValueError, r"^images has shape \(1, 1, 3, 8, 8\): give files"),
+        (np.zeros(4, np.uint8), ValueError, r"^images has shape \(4,\): give files"),
+    ],
+)
+def test_what_is_no_image_is_named(adapted: Adapted, images: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        adapted.predict(images)  # type: ignore[arg-type]
+
+
+def test_a_folder_without_images_is_named(adapted: Adapted, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^images='{tmp_path}' has no image"):
+        adapted.predict(tmp_path)
 
 
 def test_a_folder_says_the_same(adapted: Adapted, folder: Path, queries: Path) -> None:

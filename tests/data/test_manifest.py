@@ -253,6 +253,8 @@ def test_patterns_reach_tables(root: Path, tmp_path: Path) -> None:
         selection=Selection.of(None, "B.*"),
     )
     assert listing == Listing([Listed("a.png", "x")], [], {"b.png": "that exclude names"})
+    with pytest.raises(ValueError, match="^labels=.* names no image that include and exclude leave: mend the patterns"):
+        files(tree(root, "c.png"), str(tmp_path / "labels.csv"), selection=Selection.of("c.*", None))
 
 
 # -- Hugging Face's
