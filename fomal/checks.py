@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 
 def positive(**values: int) -> None:
@@ -39,14 +38,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message of our own; its kind where it has no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def settings(part: object) -> tuple[Any, ...]:
-    """The kind of a rule or an optimiser with its attributes, to tell equal ones; objects are equal to themselves."""
-    return type(part), *((name, _plain(value)) for name, value in vars(part).items())
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, int | float | str):
-        return value
-    return repr(value) if isinstance(value, list | tuple | dict) else id(value)

@@ -19,12 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
 from fomal.captured import CAPTURES, CapturedGradient
-from fomal.checks import one_of, positive, settings
+from fomal.checks import one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode, Numbers
+from fomal.data.episode import Episode, Numbers, refuse_others
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
 from fomal.distributed import gather, refuse_disagreement
 from fomal.evaluation import ClassificationResult, RegressionResult, evaluate
+from fomal.fingerprint import Snapshot, settings
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
@@ -32,8 +33,9 @@ from fomal.inner.rollout import InnerLoop, take
 from fomal.memory import Chunks
 from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient
 from fomal.metrics import TaskMean, merge_over_processes
-from fomal.models.norm import use_batch_statistics
+from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
+from fomal.models.usable import refuse_outputs, refuse_unusable
 from fomal.outer.rule import OuterRule
 from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation
@@ -204,9 +206,16 @@ class MetaLearner(L.LightningModule):
 
     def _take_network(self) -> None:
         """Prepare the network, at first and where another has been put in its place."""
+        refuse_unusable(self.network)
         replaced = use_batch_statistics(self.network)
         if replaced:
             rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
+        if left := other_norms(self.network):
+            rank_zero_warn(
+                f"{', '.join(left)}: left as written, with running averages, which mean little between tasks and "
+                f"forbid vectorising: use torch's own batch norm or fomal.models.BatchNorm, or "
+                f"track_running_stats=False."
+            )
         self.adapted = None if self.adapt is None else matching(self.network, self.adapt)
         if self.adapted is not None:
             self._restrict(self.adapted, self.outer_parameters)
@@ -258,7 +267,9 @@ class MetaLearner(L.LightningModule):
         """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
         if self.objective.network is not self.network:
             self._take_network()
-        like = next(self.network.parameters())
+        like = next(p for p in self.network.parameters() if p.is_floating_point())
+        if training and self.rule.needs_query and not episode.query_x.shape[1]:
+            raise ValueError(f"{type(self.rule).__name__} needs a query set, but Episode.query_x has no examples.")
         inner = InnerLoop(
             objective=self.objective,
             optimizer=self.inner_optimizer,
@@ -287,25 +298,10 @@ class MetaLearner(L.LightningModule):
         """At the first use: refuse a network that does not fit the data, and settle how to run over tasks."""
         if self.objective.is_settled(second_order):
             return
+        if inner.episode.number.device.type != "cpu":
+            inner.episode.to("cpu").check()  # here there may be a wait
         x, y = (take(part[:2], inner.plan[0][:2]) for part in (inner.episode.support_x, inner.episode.support_y))
-        try:
-            output = self.network(x[0])  # (B, ...)
-        except RuntimeError as error:
-            raise ValueError(
-                f"model.network does not take the data's inputs, {tuple(x.shape[2:])} per example "
-                f"({str(error).splitlines()[0]}): give the network their size, e.g. its image_size and in_channels."
-            ) from error
-        if inner.episode.is_regression and output.shape != y[0].shape:
-            raise ValueError(
-                f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "
-                f"{tuple(y.shape[2:])}: give the network as many outputs."
-            )
-        ways = inner.episode.ways
-        if not inner.episode.is_regression and output.shape[1:] != (ways,):
-            raise ValueError(
-                f"model.network returns {tuple(output.shape[1:])} per example, but data.ways={ways}: "
-                f"give the network {ways} outputs, or change data.ways."
-            )
+        refuse_outputs(self.network, x[0], y[0], inner.episode.ways)
         self.objective.settle(self.initialisation(), x, y, second_order)
 
     # -- training
@@ -331,7 +327,8 @@ class MetaLearner(L.LightningModule):
     def _fixed(self) -> Any:
         """The settings that `gradient_of` depends on."""
         inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, settings(self.inner_optimizer)
-        return inner, settings(self.rule), self.objective.vectorize, self.network.training
+        network = Snapshot(self.network, storages=True)
+        return inner, settings(self.rule), self.adapted, self.objective.vectorize, network
 
     def training_step(self, batch: Episode | Numbers | list[Episode | Numbers], batch_idx: int) -> None:
         """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
@@ -340,6 +337,7 @@ class MetaLearner(L.LightningModule):
             self._meta_iteration(part)
 
     def _meta_iteration(self, batch: Episode | Numbers) -> None:
+        refuse_others(batch)
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         self.seed_for(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         phi, state = self.initialisation(), self.begun_state()
@@ -364,9 +362,15 @@ class MetaLearner(L.LightningModule):
             self.log_dict(figures | {"outer_lr": self._optimizer().param_groups[0]["lr"]})
 
     def _bad_episodes(self, batch: Episode | Numbers, phi: Tree, state: State) -> list[int]:
-        """The episodes of this process that are not finite, unless it is the weights that they start from."""
+        """The episodes of this process that are not finite, unless it is the weights or the data."""
         refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
-        bad: list[int] = batch.number[bad_tasks(self.rule, self._training_loop(batch, state), phi)].tolist()
+        inner = self._training_loop(batch, state)
+        if found := inner.episode.nonfinite():
+            raise FloatingPointError(
+                f"meta-iteration {self.global_step + 1}: the {found} is not finite: mend the data, or leave such tasks "
+                f"out with model.on_nonfinite: skip_task."
+            )
+        bad: list[int] = batch.number[bad_tasks(self.rule, inner, phi)].tolist()
         return bad
 
     def _count_skipped(self, counts: bool) -> None:
@@ -460,6 +464,11 @@ class MetaLearner(L.LightningModule):
 
     def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
         """Adapt to the support sets and predict the query sets; changes neither weights nor carried state."""
+        refuse_others(episode)
+        if episode.support_x.device.type == "cpu":
+            episode.refuse_nonfinite()
+        if not episode.query_x.shape[1]:
+            raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
         return evaluate(self.inner_loop(episode, training=False), self.initialisation(), self.chunks)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fomal import tree
-from fomal.checks import settings
 from fomal.distributed import processes, sum_over_processes
+from fomal.fingerprint import settings
+from fomal.inner.functional import plain_attention
 from fomal.inner.optimizer import SHARED, State
 from fomal.inner.rollout import InnerLoop
 from fomal.memory import Chunks
@@ -133,7 +134,11 @@ def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Ch
 
 
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
-    gradient, trajectory = inner.recorded(settings(rule), rule, start) if rule.differentiates else rule(inner, start)
+    if rule.differentiates:
+        with plain_attention():
+            gradient, trajectory = inner.recorded(settings(rule), rule, start)
+    else:
+        gradient, trajectory = rule(inner, start)
     ends = trajectory.losses[0], trajectory.losses[-1]  # [[0, -1]] would wait for the device
     return MetaGradient(
         tree.detach(gradient),

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from fomal.checks import settings
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import refuse_disagreement
+from fomal.fingerprint import settings
 from fomal.inner.optimizer import InnerOptimizer, part_of_state
 from fomal.inner.rollout import InnerLoop
 from fomal.learner import MetaLearner

@@ -18,6 +18,7 @@ from fomal import captured
 from fomal.data import SinusoidDataModule
 from fomal.data.sampler import SPLITS
 from fomal.inner import SGD, SGLD, Adam
+from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from tests.recording import tape, traced
 from tests.test_learner import Blobs, assert_same, blob_learner, sine_learner, trainer, weights
@@ -260,6 +261,28 @@ def test_a_changed_setting_is_captured_anew(counting: Counting) -> None:
     expected = run()
     found = run(cuda_graph=True)
     assert counting.captures == 2
+    assert_same_run(found, expected)
+
+
+CHANGES = {
+    "an activation": lambda learner: setattr(learner.network.layers, "2", nn.ReLU()),
+    "a frozen weight's memory": lambda learner: setattr(learner.network.layers[1].weight, "data", torch.ones(16, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_network_is_captured_anew(change: str, counting: Counting) -> None:
+    def run(**settings: Any) -> Any:
+        torch.manual_seed(0)
+        network = MLP(hidden=(16,))
+        network.layers[1].weight.requires_grad_(False)
+        callbacks = [At(CHANGES[change])]
+        return fit("sine", Reptile(), SGD(0.01), run={"callbacks": callbacks}, network=network, **settings)
+
+    expected = run()
+    found = run(cuda_graph=True)
+    assert counting.captures == 2
+    assert found.captured.reason == ""
     assert_same_run(found, expected)
 
 

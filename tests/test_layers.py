@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {""},  # the package itself, which imports nothing
     {"output"},
-    {"checks", "files", "random", "signals", "terminal", "tree", "trust", "versions", "watch"},
+    {"checks", "files", "fingerprint", "random", "signals", "terminal", "tree", "trust", "versions", "watch"},
     {"checkpoints", "distributed", "loggers"},
     {"metrics"},
     {"data", "models"},

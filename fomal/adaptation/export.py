@@ -19,16 +19,17 @@ from fomal.adaptation.model import Adapted
 from fomal.checks import first_line, one_of
 from fomal.models.norm import has_batch_norm
 
-Format = Literal["onnx", "torchscript", "torch-export"]
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
+Format = Literal["onnx", "torch-export"]
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 _TOLERANCE = 1e-4  # on probabilities; the runtimes sum in other orders
 
 
 class Exported(nn.Module):
     """What is exported: images (B, C, H, W) uint8 of the model's size to probabilities (B, N) float32.
 
-    Where the network has batch norm, an image is seen together with the support set, which is a part of the module;
-    B is 1 then. `transductive` leaves the support set out: all images of a batch are seen together.
+    Where an image's answer depends on the others in the batch, by batch norm say, it is seen together with the support
+    set, which is a part of the module; B is 1 then, and the file refuses more. `transductive` leaves the support set
+    out: all images of a batch are seen together.
     """
 
     support: Tensor
@@ -37,12 +38,19 @@ class Exported(nn.Module):
         super().__init__()
         self.network = model.network
         self.image_format = model.image_format
-        self.dtype = next(model.network.parameters()).dtype
-        self.alone = not transductive and has_batch_norm(model.network)
+        self.dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
         self.register_buffer("support", self._inputs(model.support.to(model.device)))
+        self.alone = not transductive and (has_batch_norm(model.network) or self._looks_at_batch())
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self.image_format.normalize(images).to(self.dtype)
+
+    @torch.no_grad()
+    def _looks_at_batch(self) -> bool:
+        """Whether the network answers differently for a half of the support set than for all of it."""
+        half = self.support[: (len(self.support) + 1) // 2]
+        all_of_it, alone = (self.network(x)[: len(half)].double() for x in (self.support, half))
+        return not torch.allclose(all_of_it, alone, rtol=1e-3, atol=1e-3 * float(all_of_it.abs().max()))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, N)."""
@@ -70,9 +78,7 @@ def export(model: Adapted, path: Path, kind: Format, transductive: bool = False)
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another name, or remove it.")
     module = Exported(model, transductive).eval()
-    write, read = {"onnx": (_write_onnx, _read_onnx), "torchscript": (_write_script, _read_script)}.get(
-        kind, (_write_export, _read_export)
-    )
+    write, read = (_write_onnx, _read_onnx) if kind == "onnx" else (_write_export, _read_export)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f".{path.name}.{uuid.uuid4().hex}"  # ONNX may write weights beside the file
     folder.mkdir()
@@ -139,14 +145,6 @@ def _write_onnx(module: Exported, example: Tensor, path: Path) -> None:
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
-
-
-def _write_script(module: Exported, example: Tensor, path: Path) -> None:
-    torch.jit.save(torch.jit.trace(module, (example,)), str(path))  # type: ignore[no-untyped-call]
-
-
-def _read_script(path: Path) -> Callable[[Tensor], Tensor]:
-    return torch.jit.load(str(path))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _write_export(module: Exported, example: Tensor, path: Path) -> None:

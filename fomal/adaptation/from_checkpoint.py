@@ -135,7 +135,7 @@ def _image_format(data: EpisodeDataModule) -> ImageFormat:
 def _give_weights(content: dict[str, Any], learner: MetaLearner) -> int:
     """Give a learner the checkpoint's weights and state; the number of its classes."""
     weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-    learner.network.to(next(iter(weights.values())).dtype)
+    learner.network.to(next(t.dtype for t in weights.values() if t.is_floating_point()))
     learner.network.load_state_dict(weights)
     refuse_nonfinite_weights(learner.network, "adapt")
     learner.carried = content["fomal"]["carried"]

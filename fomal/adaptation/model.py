@@ -117,8 +117,9 @@ class Adapted:
 
     def _settled(self, support: Tensor) -> Objective:
         """Whether images can be vectorised over is found out once."""
-        if self._objective is None:
+        if self._objective is None or self._objective.network is not self.network:
             self._objective = Objective(self.network)
+        if not self._objective.is_settled(second_order=False):
             x, y = (t.expand(2, *t.shape) for t in (support, self.labels.to(self.device)))
             self._objective.settle(self._parameters(), x, y)
         return self._objective
@@ -140,7 +141,9 @@ class Adapted:
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
         unfinished.mkdir(parents=True)
         try:
-            weights = {name: t.detach().cpu().contiguous() for name, t in self.network.state_dict().items()}
+            # A copy of each, since safetensors refuses tensors that share memory, as tied weights do.
+            state = self.network.state_dict().items()
+            weights = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state}
             # Not save_file, whose files are private to the user.
             (unfinished / "model.safetensors").write_bytes(save(weights))
             examples = {"images": self.support.contiguous(), "labels": self.labels}
@@ -182,7 +185,7 @@ class Adapted:
             use_batch_statistics(network)
             if about["ways"] != len(about["classes"]):
                 resize_head(network, len(about["classes"]))
-            network.to(next(iter(weights.values())).dtype)
+            network.to(next(t.dtype for t in weights.values() if t.is_floating_point()))
             network.load_state_dict(weights)
             classes = about["classes"]
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from fomal import tree
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan, minibatch_plan
 from fomal.inner import SGD
+from fomal.inner.functional import plain_attention
 from fomal.inner.objective import Objective
 from fomal.inner.rollout import InnerLoop, take
 from fomal.outer.rule import OuterRule
@@ -75,7 +77,8 @@ class Problem:
             query_x, query_y = (take(part, self.plan[-1]) for part in (episode.support_x, episode.support_y))
             episode = episode._replace(query_x=query_x, query_y=query_y)
         inner = InnerLoop(self.objective, SGD(lr), {}, self.plan[:steps], episode)
-        gradient, _ = rule(inner, self.start)
+        with plain_attention() if rule.differentiates else nullcontext():
+            gradient, _ = rule(inner, self.start)
         expansion = rule.expansion(steps)
         return tree.scaled(gradient, 1 / lr) if expansion is not None and expansion.of_displacements else gradient
 

@@ -42,7 +42,7 @@ VERBS = {
     "predict": Verb("adapt to the test tasks and write each prediction", "fomal.cli.run"),
     "adapt": Verb("learn the classes of a folder of images", "fomal.cli.adapt"),
     "classify": Verb("classify images with an adapted model", "fomal.cli.classify"),
-    "export": Verb("write an adapted model as ONNX, TorchScript or torch.export", "fomal.cli.export"),
+    "export": Verb("write an adapted model as ONNX or torch.export", "fomal.cli.export"),
     "compare": Verb("draw and tabulate several runs", "fomal.cli.compare"),
     "experiment": Verb("run the experiments of a file, and draw them", "fomal.cli.experiment"),
     "analyze": Verb("measure what the outer gradients are made of", "fomal.cli.analyze"),

@@ -1,4 +1,4 @@
-"""The verb export: an adapted model as ONNX, TorchScript or torch.export."""
+"""The verb export: an adapted model as ONNX or torch.export."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def run(verb: str, args: Sequence[str]) -> Exported:
         ModuleNotFoundError: a package for the format is missing.
         ValueError: the network cannot be exported.
     """
-    parser = Arguments(verb, "--adapted DIR --format onnx|torchscript|torch-export [options]", str(__doc__))
+    parser = Arguments(verb, "--adapted DIR --format onnx|torch-export [options]", str(__doc__))
     parser.add_argument("--adapted", type=Path, required=True, help="folder written by `fomal adapt`")
     parser.add_argument("--format", choices=list(SUFFIXES), required=True, help="what to write")
-    parser.add_argument("--out", type=Path, help="file to write; by default model.onnx, .pt or .pt2 in the folder")
+    parser.add_argument("--out", type=Path, help="file to write; by default model.onnx or model.pt2 in the folder")
     parser.add_argument(
         "--transductive", action="store_true", help="let batch norm see all images of a batch, and only them"
     )

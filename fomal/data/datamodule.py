@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fomal.checks import nonnegative, one_of, positive
-from fomal.data.episode import Episode, Numbers
+from fomal.data.episode import Episode, Numbers, refuse_others
 from fomal.data.sampler import SPLITS
 
 
@@ -215,7 +215,10 @@ class EpisodeDataModule(L.LightningDataModule):
         """What the loader gives of the tasks `number`: themselves or, with `on_device`, the numbers alone."""
         if self.on_device and split == "train":
             return Numbers(number, self.seed, split_index(split))
-        return self.episodes(split, number)
+        found = self.episodes(split, number)
+        for episode in [found] if isinstance(found, Episode) else found:  # those of replicas are several
+            refuse_others(episode)
+        return found
 
     def draw(self, numbers: Numbers) -> Episode:
         """The tasks of these numbers on their device, preprocessed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -12,12 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fomal.checks import first_line, settings
+from fomal.checks import first_line
+from fomal.fingerprint import Snapshot, settings
+from fomal.inner.functional import forward, full_precision, helpers, plain_attention, with_helpers
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
-from fomal.tree import Tree, difference, stack
+from fomal.tree import Tree, detach, difference, stack
 
 log = logging.getLogger(__name__)
+
+WIDE_TOLERANCE = 1e-6
+"""How far vectorised derivatives may be off in float64, relative to the norm."""
+NARROW_TOLERANCE = 1e-2
+"""Likewise in less, where the network cannot be computed in float64."""
+NO_TARGET = torch.iinfo(torch.int64).min  # as label, which torch leaves out; its default, -100, may be a user's
 
 
 class Objective:
@@ -38,14 +47,27 @@ class Objective:
         self.vectorize = vectorize
         self.is_given = vectorize is not None
         self._order = 0  # up to which order of derivatives `vectorize` is settled
+        self._seen: Snapshot | None = None  # the network that it is settled for
+        self._own: set[int] = set()  # what the network's forward changes in it
         self._is_settling = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is settled, which is found again."""
+        return {**self.__dict__, "_order": 0, "_seen": None, "_own": set()}
+
     def is_settled(self, second_order: bool) -> bool:
-        """Whether it is settled how to run over tasks, for first or second derivatives."""
-        return self._order >= 1 + second_order
+        """Whether it is settled how to run over tasks, for first or second derivatives, for the network as it is."""
+        if self._order < 1 + second_order:
+            return False
+        self._seen = self._seen or Snapshot(self.network)
+        now = self._seen.now()
+        if self._seen.changed(now) - self._own:
+            return False
+        self._seen = now
+        return True
 
     def unsettle(self) -> None:
-        """Decide anew at the next use, e.g. because the data are others."""
+        """Decide again at the next use, e.g. because the data are others."""
         self._order = 0
 
     def as_written(self) -> Objective:
@@ -57,6 +79,9 @@ class Objective:
     def settle(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
         """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop.
 
+        Both are computed in float64, in which two right ways hardly differ, or else with the full precision of what
+        is at hand. Where a derivative is infinite or NaN nothing is decided, and these tasks run in a loop.
+
         Args:
             params: one set of parameters.
             x: (2, B, *input).
@@ -64,37 +89,61 @@ class Objective:
             second_order: whether derivatives of the gradients will be needed too; some of torch's operations have
                 wrong ones under vmap.
         """
-        self._order = 1 + second_order
-        if self.is_given:
-            return
-        stacked = stack(params, len(x))
-        was_training = self.network.training
-        self.network.eval()  # dropout would make the two differ
-        self._is_settling = True
-        try:
-            with torch.autocast(x.device.type, enabled=False):  # rounding is not what is looked for
-                reason = self._try(stacked, x, y, second_order)
-        finally:
-            self.network.train(was_training)
-            self._is_settling = False
-        if was_training and not reason:  # there may be random operations that vmap refuses
-            reason = _reason(lambda: self._over_tasks(self._loss)(stacked, x, y))
+        before = Snapshot(self.network)
+        reason: str | None = ""
+        if not self.is_given:
+            reason = self._settled(stack(params, len(x)), x, y, second_order)
+            self.vectorize = reason == ""
+        self._seen = Snapshot(self.network)
+        changed = before.changed(self._seen)
+        self._own = changed if len(before.values) == len(self._seen.values) else set()
+        self._order = 0 if reason is None else 1 + second_order
         if reason:
-            self.vectorize = False
             log.warning(
-                "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s",
+                "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s; "
+                "model.vectorize: false says so beforehand, true runs them together all the same",
                 type(self.network).__name__,
                 reason,
             )
 
-    def _try(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str:
-        """Why the tasks cannot be vectorised; empty where they can."""
+    def _settled(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str | None:
+        """Why the tasks cannot be vectorised; empty where they can, None where it cannot be told."""
+        was_training = self.network.training
+        modes = [(module, module.training) for module in self.network.modules()]
+        self.network.eval()  # dropout would make the two differ
+        self._is_settling = True
+        try:
+            # Rounding is not what is looked for.
+            with torch.autocast(x.device.type, enabled=False), full_precision(x.device), _twice(second_order):
+                reason = self._try(params, x, y, second_order)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._is_settling = False
+        if was_training and reason == "":  # there may be random operations that vmap refuses
+            self.vectorize = True
+            reason = _reason(lambda: self._over_tasks(self._loss)(params, x, y))
+        return reason
+
+    def _try(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str | None:
+        """See `_settled`."""
+        run: Callable[..., list[Tree]] = with_helpers(self.network, self._derivatives)
+        args = detach(helpers(self.network, set(params))), params, x, y
+        wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
         self.vectorize = False
-        expected = self._derivatives(params, x, y, second_order)  # an error of the network itself is raised here
+        tolerance = WIDE_TOLERANCE
+        try:
+            expected = run(*wide, second_order)
+        except Exception:  # of the network: no float64 in it, or on the device
+            wide, tolerance = args, NARROW_TOLERANCE
+            expected = run(*wide, second_order)  # an error of the network itself is raised here
+        if not all(t.isfinite().all() for part in expected for t in part.values()):
+            return None
         self.vectorize = True
         found: list[Tree] = []
-        reason = _reason(lambda: found.extend(self._derivatives(params, x, y, second_order)))
-        return reason or _difference(found, expected)
+        reason = _reason(lambda: found.extend(run(*wide, second_order)))
+        reason = reason or _difference(found, expected, tolerance)
+        return reason or _reason(lambda: run(*args, second_order))
 
     def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
         """Gradients and, if asked for, the gradient of their squared norm, which has the Hessian in it."""
@@ -163,7 +212,8 @@ class Objective:
             gradients = self.gradients(params, x, y)[0]
             return torch.stack([(g * vectors[name]).sum() for name, g in gradients.items()]).sum()
 
-        return torch.func.grad(along)(params)  # type: ignore[no-any-return]
+        with plain_attention():
+            return torch.func.grad(along)(params)  # type: ignore[no-any-return]
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
@@ -201,19 +251,23 @@ class Objective:
         return self.recorder(name, function, *args)
 
     def _forward(self, params: Tree, x: Tensor) -> Tensor:
-        if x.dtype in (torch.bfloat16, torch.float16):  # the inner loop's own parameters are kept in 32 bits
-            params = {name: p.to(x.dtype) for name, p in params.items()}
-        return torch.func.functional_call(self.network, params, (x,))  # type: ignore[no-any-return]
+        return forward(self.network, params, x)  # type: ignore[no-any-return]
 
     def _loss(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         output = self._forward(params, x)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         y = y.to(output.dtype) if y.is_floating_point() else y
-        return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y)
+        return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y, ignore_index=NO_TARGET)
 
     def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         if self.vectorize:
-            return torch.func.vmap(fn, randomness="different")
+            vectorised = torch.func.vmap(fn, randomness="different")
+
+            def together(*args: Any) -> Any:
+                with plain_attention(kernels=tree_flatten(args)[0][0].device.type == "cpu"):
+                    return vectorised(*args)
+
+            return together
 
         def looped(*args: Any) -> Any:
             tasks = len(args[-1])
@@ -228,16 +282,20 @@ def _reason(run: Callable[[], object]) -> str:
     """Why `run` fails; empty where it does not."""
     try:
         run()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # of vmap, and of networks that look into what they are given: many kinds
         return first_line(error)
     return ""
 
 
-def _difference(found: list[Tree], expected: list[Tree]) -> str:
+def _difference(found: list[Tree], expected: list[Tree], tolerance: float) -> str:
     """What is wrong with `found`, in words; empty where it equals `expected` up to rounding."""
     for a, b, what in zip(found, expected, ("gradient", "second derivative"), strict=False):
         error, scale = difference(a, b)
-        tolerance = 1e-6 if scale.dtype == torch.float64 else 1e-2
         if not error <= tolerance * scale + torch.finfo(scale.dtype).tiny:
             return f"its vectorised {what} is off by {error / scale:.1e} of its norm"
     return ""
+
+
+def _twice(wanted: bool) -> AbstractContextManager[None]:
+    """Within it, attention can be differentiated twice, where that is wanted."""
+    return plain_attention() if wanted else nullcontext()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fomal import tree
-from fomal.checks import settings
 from fomal.data.episode import Episode
 from fomal.data.sampler import Plan
+from fomal.fingerprint import settings
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State, join_states
 from fomal.tree import Tree
@@ -193,7 +193,7 @@ class InnerLoop:
         tasks = self.episode.tasks
         end, state = self.spread(start), self.spread_state()
         combination: Tree = {}
-        losses = [self.episode.support_x.new_empty(0, tasks)] if onward is None else [onward.losses]
+        losses: list[Tensor] = [] if onward is None else [onward.losses]
         if onward is not None:
             end, state = onward.end, onward.state
         for number, step in enumerate(self.steps(start, onward)):
@@ -204,6 +204,8 @@ class InnerLoop:
                 after, before = self.split(step.after)[0], self.split(step.before)[0]
                 displacement = tree.scaled(tree.subtract(after, before), weight)
                 combination = tree.add(combination, displacement) if combination else displacement
+        if not losses:  # no step
+            losses = [next(iter(end.values())).new_empty(0, tasks)]
         return Trajectory(end, state, torch.cat(losses), combination)
 
     def recorded(

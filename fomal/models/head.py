@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fomal.checks import one_of, positive
+from fomal.models.parameters import other_places
 
 
 def find_head(network: nn.Module, ways: int | None = None) -> str:
@@ -59,6 +60,11 @@ def resize_head(network: nn.Module, ways: int, init: Literal["mean", "new"] = "m
         raise ValueError(f"name={name!r} is a {type(head).__name__}: name a torch.nn.Linear or 1x1 torch.nn.Conv2d.")
     if not isinstance(head.weight, nn.Parameter):
         raise ValueError(f"the weight of {name!r} is computed from others (parametrised): take that off first.")
+    if elsewhere := other_places(network, name):
+        raise ValueError(
+            f"the weight of {name!r} is also that of {elsewhere[0]!r} (tied), which cannot get other rows: give the "
+            f"network a head of its own."
+        )
     for key in ("weight", "bias"):
         if isinstance(parameter := getattr(head, key), nn.Parameter):
             setattr(head, key, nn.Parameter(mean_rows(parameter.detach(), ways), parameter.requires_grad))

@@ -29,10 +29,13 @@ class BatchNorm(nn.Module):
         """(B, C, ...) to the same shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            if self.weight is not None and self.bias is not None:
-                y = batch_norm(wide, self.weight, self.bias, self.eps)
-            else:
+            if self.weight is None and self.bias is None:
                 y = nn.functional.batch_norm(wide, None, None, training=True, eps=self.eps)
+            else:
+                features = x.shape[1]
+                weight = wide.new_ones(features) if self.weight is None else self.weight
+                bias = wide.new_zeros(features) if self.bias is None else self.bias
+                y = batch_norm(wide, weight, bias, self.eps)
         return y.to(x.dtype)
 
 
@@ -49,28 +52,67 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y * weight.view(channels) + bias.view(channels)
 
 
+KNOWN = {
+    "torch.nn.modules.batchnorm": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+    "timm.layers.norm_act": ("BatchNormAct2d", "SyncBatchNormAct"),
+}
+"""The batch norms whose forward is known: others may do something else."""
+
+
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether what the network says of one example depends on the others in the batch, by a `BatchNorm`."""
-    return any(isinstance(module, BatchNorm) for module in network.modules())
+    """Whether the network says something else of one example where others are in the batch, by a batch norm."""
+    return any(isinstance(module, BatchNorm | nn.modules.batchnorm._NormBase) for module in network.modules())
 
 
 def use_batch_statistics(network: nn.Module) -> list[str]:
-    """Replace, in place, every batch norm of torch by one that always uses batch statistics.
+    """Replace, in place, every batch norm of torch and timm by one that always uses batch statistics.
 
-    Running averages mean nothing between tasks, and forbid vectorising over them.
+    Running averages mean nothing between tasks, and forbid vectorising over them. Others, such as subclasses with a
+    forward of their own, are left as they are.
 
     Returns:
         The names of the modules replaced.
+
+    Raises:
+        ValueError: the network is itself such a batch norm.
     """
-    replaced = []
+    if _is_known(network):
+        raise ValueError(
+            f"the network is a {type(network).__name__} itself, which cannot be replaced in its place: use "
+            f"fomal.models.BatchNorm, or put it into a torch.nn.Sequential."
+        )
+    replaced: list[str] = []
+    made: dict[int, nn.Module] = {}  # a norm in several places stays one
     for parent_name, parent in list(network.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                own = BatchNorm(child.num_features, child.eps, affine=False)
-                own.weight, own.bias = child.weight, child.bias  # keep the parameters themselves
-                norm: nn.Module = own
-                if isinstance(act := getattr(child, "act", None), nn.Module):  # timm's norms have one within
-                    norm = nn.Sequential(own, getattr(child, "drop", nn.Identity()), act)
-                setattr(parent, name, norm)
+        for name, child in list(parent._modules.items()):
+            if child is not None and _is_known(child):
+                if id(child) not in made:
+                    made[id(child)] = _with_batch_statistics(child)
+                parent._modules[name] = made[id(child)]
                 replaced.append(f"{parent_name}.{name}".lstrip("."))
     return replaced
+
+
+def other_norms(network: nn.Module) -> list[str]:
+    """The names of modules with running averages that `use_batch_statistics` leaves as they are, with their classes."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
+    ]
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__name__ in KNOWN.get(type(module).__module__, ())
+
+
+def _with_batch_statistics(child: nn.Module) -> nn.Module:
+    own = BatchNorm(child.num_features, child.eps, affine=False)  # type: ignore[arg-type]
+    own.weight, own.bias = child.weight, child.bias  # type: ignore[assignment] # keep the parameters themselves
+    norm: nn.Module = own
+    if isinstance(act := getattr(child, "act", None), nn.Module):  # timm's norms have one within
+        norm = nn.Sequential(own, getattr(child, "drop", nn.Identity()), act)
+    for name, value in vars(child).items():
+        if "hook" in name and "state_dict" not in name:
+            setattr(norm, name, value)
+    return norm.train(child.training)

@@ -303,10 +303,10 @@ def test_export_names_what_goes_in_and_out(
     said = capsys.readouterr().out
     assert f"{path} equals the model on random images." in said
     assert "It takes images (B, 3, 10, 10) uint8 and gives probabilities (B, 3)" in said
-    main(["export", "--adapted", str(model), "--format", "torchscript"])
+    main(["export", "--adapted", str(model), "--format", "torch-export"])
     assert "It takes images (1, 3, 10, 10) uint8" in capsys.readouterr().out
-    assert (model / "model.pt").is_file()
-    assert "exists already" in fails("export", "--adapted", str(model), "--format", "torchscript", code=1)
+    assert (model / "model.pt2").is_file()
+    assert "exists already" in fails("export", "--adapted", str(model), "--format", "torch-export", code=1)
     assert "invalid choice: 'tflite'" in fails("export", "--adapted", str(model), "--format", "tflite")
     assert json.loads((model / "model.json").read_text())["classes"] == ["new20", "new21", "new22"]
 

@@ -213,3 +213,36 @@ def test_files_that_are_not_what_they_seem(adapted: Adapted, tmp_path: Path) -> 
     os.mkfifo(tmp_path / "3.png")
     with pytest.raises(ValueError, match=r"3.png is not read: it is a fifo, and no regular file"):
         adapted.predict([*paths, tmp_path / "3.png"])
+
+
+class Tied(nn.Module):
+    """A weight in two places, a layer by two names, and integers among its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(4))
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.body = nn.Sequential(self.first, nn.Tanh(), self.second, nn.Tanh())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x.flatten(1)[:, self.places]))  # type: ignore[no-any-return]
+
+
+def test_tied_weights_are_saved_and_tied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fomal.adaptation.model.build_network", lambda *args, **settings: Tied())
+    images = torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8)
+    about = {"network": {"class_path": "torch.nn.Linear", "init_args": {}}, "ways": 2}
+    model = Adapted(Tied(), ["a", "b"], ImageFormat(2, 2, "gray"), images[:2], torch.tensor([0, 1]), about)
+    expected = model.predict(images).probabilities
+    with torch.no_grad():
+        torch.testing.assert_close(expected, model.network(images.float() / 255).softmax(-1))
+    model.save(tmp_path / "model")
+    loaded = Adapted.load(tmp_path / "model")
+    assert loaded.network.first.weight is loaded.network.second.weight
+    torch.testing.assert_close(loaded.predict(images).probabilities, expected)
+    loaded.network.body[1] = nn.ReLU()  # what was found of the network before is found again
+    with torch.no_grad():
+        now = loaded.network(images.float() / 255).softmax(-1)
+    torch.testing.assert_close(loaded.predict(images).probabilities, now)

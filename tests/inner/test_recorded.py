@@ -255,7 +255,8 @@ def test_what_cannot_be_recorded_or_differs_runs_plainly_and_says_so(
         learner = fitted()
     assert_same(weights(learner), expected)
     reason = "no such operation" if case == "cannot" else "what is recorded is off by 1.0e-02 of its norm"
-    assert lines(caplog) == [f"Conv4 runs as it is written, which is slower (same results): {reason}"]
+    remedy = "model.recorded: false says so beforehand"
+    assert lines(caplog) == [f"Conv4 runs as it is written, which is slower (same results): {reason}; {remedy}"]
 
 
 def test_too_little_memory_is_no_fault_of_recording(monkeypatch: pytest.MonkeyPatch) -> None:
