@@ -14,7 +14,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
-from fomal.checkpoints import verify
+from fomal.checkpoints import find, verify
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.learner import MetaLearner
 from fomal.trust import Trust
@@ -50,15 +50,14 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of fomal, on the CPU; nothing in it is run.
+    """The content of a checkpoint of fomal, or of the newest in a run's folder, on the CPU; nothing in it is run.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or none in the folder.
         ValueError: it is none of fomal's, or not whole.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
-    verify(Path(path))
+    path, _ = find(path)
+    verify(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(checkpoint, dict) or "fomal" not in checkpoint:
         raise ValueError(

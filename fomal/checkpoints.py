@@ -69,3 +69,48 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, problems
     return None, problems
+
+
+def find(path: str | Path) -> tuple[Path, list[str]]:
+    """The checkpoint meant by a path: a file, the folder it is in, that of its run, or that of a run's versions.
+
+    Of several versions, the newest that has a checkpoint; of several checkpoints, the last, or before it the only one.
+
+    Returns:
+        The file, and what is wrong with newer ones that were passed over.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no such checkpoint in the folder; says what there is.
+        ValueError: none of the folder's is whole, or there are several.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path, []
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such file or folder.")
+    for folder in (path, path / "checkpoints", *(version / "checkpoints" for version in version_folders(path))):
+        found, problems = newest(folder)
+        if found is not None:
+            return found, problems
+        if problems:  # a damaged run is not passed over for an older one
+            raise ValueError("; ".join(problems))
+        others = sorted(folder.glob("*.ckpt"))
+        if len(others) > 1:
+            raise ValueError(f"{folder} has several checkpoints, {_some(others)}: give one of them.")
+        if others:
+            return others[0], []
+    inside = sorted({file.parent for file in path.glob("**/*.ckpt")})
+    if inside:
+        raise FileNotFoundError(f"{path} has no checkpoint of its own; there are some in {_some(inside)}: give one.")
+    there = sorted(path.iterdir())
+    raise FileNotFoundError(f"{path} has no checkpoint; it has {_some(there) if there else 'nothing'}.")
+
+
+def version_folders(runs: Path) -> list[Path]:
+    """The folders `version_N` in a folder, the newest first."""
+    found = [folder for folder in runs.glob("version_*") if folder.name.removeprefix("version_").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("version_")), reverse=True)
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(str(path) if path.is_dir() else path.name for path in paths[:4]) + ", ..." * (len(paths) > 4)

@@ -93,8 +93,7 @@ class MetaLearner(L.LightningModule):
         recorded: record the operations of an inner step, and of an evaluation, once for each shape, and replay them:
             results differ by rounding, and each recording is compared with the plain functions before it is used.
             What the network's forward does beside torch operations must be the same each time; null records networks
-            made of torch's, torchvision's, timm's and fomal's modules. Rules that differentiate through the inner
-            loop run as they are written.
+            made of torch's, torchvision's, timm's and fomal's modules.
         compiled: also compile recordings with torch.compile, which takes some ten seconds for each and a C++ compiler.
         cuda_graph: capture the device's part of a meta-iteration, up to the outer gradient, as a CUDA graph, and replay
             it; with `data.on_device` the drawing of the tasks is part of it. Other devices, and networks that draw

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fomal.checkpoints import newest, publish, verify
+from fomal.checkpoints import find, newest, publish, verify
 from fomal.cli import main
 from fomal.cli.errors import UsageError
 from fomal.versions import commits, versions
@@ -21,6 +21,7 @@ from tests.test_resume import STEPS, Run
 
 
 def write(path: Path, value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"value": value, "weights": torch.arange(5000.0)}, path)
     return path
 
@@ -33,6 +34,38 @@ def test_a_whole_file_is_whole(tmp_path: Path) -> None:
     verify(write(tmp_path / "last.ckpt"))
     assert newest(tmp_path) == (tmp_path / "last.ckpt", [])
     assert newest(tmp_path / "nothing") == (None, [])
+
+
+def test_a_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    for version in (2, 9, 10):
+        (tmp_path / f"runs/version_{version}/checkpoints").mkdir(parents=True)
+    older = write(tmp_path / "runs/version_2/checkpoints/last.ckpt")
+    last = write(tmp_path / "runs/version_9/checkpoints/last.ckpt")
+    for path in (last, last.parent, last.parents[1], last.parents[2]):  # version_10 has none
+        assert find(path) == (last, [])
+    assert find(older.parents[1]) == (older, [])
+    last.write_bytes(b"")
+    with pytest.raises(ValueError, match="cut short"):  # rather than an older run
+        find(tmp_path / "runs")
+    previous = write(last.with_name("previous.ckpt"))
+    found, problems = find(tmp_path / "runs")
+    assert found == previous
+    assert len(problems) == 1
+
+
+def test_a_folder_without_a_checkpoint_is_said_to_have_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no checkpoint; it has nothing"):
+        find(tmp_path)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"has no checkpoint; it has {tmp_path / 'images'}"):
+        find(tmp_path)
+    only = write(tmp_path / "deep/er/version_0/checkpoints/step=7.ckpt")
+    with pytest.raises(FileNotFoundError, match=f"there are some in {only.parent}: give one"):
+        find(tmp_path)
+    assert find(only.parent)[0] == only
+    write(only.with_name("step=8.ckpt"))
+    with pytest.raises(ValueError, match="several checkpoints, step=7.ckpt, step=8.ckpt"):
+        find(only.parent)
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 0.5, 0.99, -1])

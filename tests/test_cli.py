@@ -105,6 +105,16 @@ def test_help_of_a_verb_lists_our_options_with_their_docstrings(capsys: pytest.C
     assert out.index("--model.network") < out.index("--data ") < out.index("--trainer.max_steps")
 
 
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_help_of_a_verb_is_whole_and_about_fomal(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.partition(" options:")[0].endswith(f"{VERBS[verb].summary.capitalize()}.")
+    assert "--ckpt_path CKPT_PATH a checkpoint, or the folder of a run, for its newest; brings its configuration" in out
+    assert not re.search("Useful to|Model Registry|return_predictions|optimization routine", out)
+
+
 def test_help_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["test", "--data.help", "fomal.data.SinusoidDataModule"])
@@ -287,6 +297,53 @@ def test_a_value_that_a_link_would_ignore_is_refused(way: str, fails) -> None:
     assert fails("fit", *SINE, "--seed_everything=3", *wrong) == (
         "data.seed=4 was given, but it follows seed_everything=3: leave it out, or change seed_everything."
     )
+
+
+FOLDER = ("fit", "--config", "image_folder/5way_1shot_reptile")
+REPEATED = "{model: {network: {init_args: {ways: 5, in_channels: 3, image_size: 84}}}}"
+NESTED = ("--model.network=Classifier", "--model.network.factory=fomal.models.Conv4")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--data.image_size=20", "--data.color=gray"], {"image_size": 20, "in_channels": 1}),
+        (["--config", "{data: {init_args: {image_size: [20, 30]}}}"], {"image_size": [20, 30], "in_channels": 3}),
+        (["--config", REPEATED, "--data.image_size=20", "--data.ways=2"], {"image_size": 20, "in_channels": 3}),
+        (["--model.network=ResNet12", "--data.color=gray"], {"in_channels": 1}),
+        (
+            ["--model.network=fomal.models.MLP", "--data.image_size=[2, 3]", "--data.ways=4"],
+            {"in_features": 18, "out_features": 4},
+        ),
+        ([*NESTED, "--data.color=gray"], {"in_channels": 1, "image_size": 84}),
+        (
+            [*NESTED, "--model.network.options={in_channels: 3}", "--config", "{data: {init_args: {color: gray}}}"],
+            {"options": {"in_channels": 1}},
+        ),
+        (["--data=SinusoidDataModule", "--model.network=fomal.models.MLP"], {"in_features": 1, "out_features": 1}),
+    ],
+)
+def test_the_sizes_of_a_network_follow_from_the_data(args: list[str], expected: dict, printed) -> None:
+    network = printed(*FOLDER, *args)["model"]["network"]["init_args"]
+    assert {name: network[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.network.image_size=20"], "model.network.image_size=20 was given, but it follows data.image_size=84"),
+        (
+            ["--data.color=gray", "--config", REPEATED],
+            "model.network.in_channels=3 was given, but it follows data.color",
+        ),
+        (
+            [*NESTED, "--model.network.options={in_channels: 1}"],
+            "model.network.options.in_channels=1 was given",
+        ),
+    ],
+)
+def test_a_size_that_contradicts_the_data_is_refused(args: list[str], message: str, fails) -> None:
+    assert fails(*FOLDER, *args).startswith(message)
 
 
 # -- printing the configuration

@@ -25,6 +25,7 @@ from fomal.models import MLP
 from fomal.outer import Reptile
 from tests.sine import tiny_model
 
+QUIET = ("--trainer.enable_progress_bar=false",)
 Fails = Callable[..., str]
 
 
@@ -90,6 +91,42 @@ def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path: Path, recwarn: pyte
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_steps"] == 6
     assert len(list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))) == 3
     assert not [w for w in recwarn if "will be deleted" in str(w.message)]
+
+
+class Fail(Callback):
+    """Fails where it is told to, or after so many meta-iterations."""
+
+    def __init__(self, at: int | str) -> None:
+        if isinstance(at, str):
+            setattr(self, at, self.fail)
+        else:
+            self.on_train_batch_start = lambda trainer, *args: trainer.global_step == at and self.fail()
+
+    def fail(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("at", ["setup", "on_fit_start", "on_train_start", 0])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_failed_start_leaves_everything_as_it_was(at: str | int, earlier: bool, tmp_path: Path, fails: Fails) -> None:
+    def there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() if path.is_file() else b"" for path in tmp_path.rglob("*")}
+
+    config = config_file(tmp_path)
+    if earlier:
+        main(["fit", "--config", config])
+    before = there()
+    callback = ("--trainer.callbacks+=tests.test_cli_runs.Fail", f"--trainer.callbacks.at={at}")
+    deep = ("--trainer.logger.name=a/b",) if not earlier else ()
+    assert fails("fit", "--config", config, "--trainer.enable_checkpointing=true", *deep, *callback, code=1) == "no"
+    assert there() == before
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(tmp_path: Path, fails: Fails) -> None:
+    callback = ("--trainer.callbacks+=tests.test_cli_runs.Fail", "--trainer.callbacks.at=2")
+    fails("fit", "--config", config_file(tmp_path), *callback, code=1)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    assert (tmp_path / "run" / "metrics.csv").is_file()
 
 
 def test_evaluating_leaves_no_config_and_no_log(checkpoint: str, tmp_path: Path, monkeypatch) -> None:
@@ -221,11 +258,37 @@ def test_no_other_classes_are_tested_than_the_run_left_out(
             refuse_differences(before, now, verb)
 
 
+def test_nan_does_not_differ_from_itself() -> None:
+    settings = [{"model": {"x": [float("nan"), 1]}, "data": {"class_path": "fomal.data.SinusoidDataModule"}}] * 2
+    first, again = (yaml.safe_load(yaml.safe_dump(part)) for part in settings)
+    refuse_differences(first, again, "fit")
+    again["model"]["x"][1] = 2
+    with pytest.raises(UsageError, match="model.x is"):
+        refuse_differences(first, again, "fit")
+
+
 # -- checkpoints of other origin
 
 
+@pytest.mark.parametrize("verb", ["test", "analyze"])
+def test_a_folder_is_taken_for_its_checkpoint(verb: str, checkpoint: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(Path(checkpoint).read_bytes())
+    cli = main([verb, "--ckpt_path", str(tmp_path), *(["--tasks=3"] if verb == "analyze" else QUIET)])
+    assert f"the checkpoint is {folder / 'last.ckpt'}" in capsys.readouterr().err
+    assert (tmp_path / ("analysis/analysis.json" if verb == "analyze" else "version_0/results.json")).is_file()
+    assert cli.config[verb].model.inner_steps == 2
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, fails: Fails) -> None:
+    for verb in ("fit", "test", "validate", "predict", "analyze"):
+        assert fails(verb, "--ckpt_path", str(tmp_path)).startswith(f"--ckpt_path {tmp_path} has no checkpoint; it has")
+
+
 def test_a_missing_file_and_a_file_of_another_kind(tmp_path: Path, fails: Fails) -> None:
-    assert fails("test", "--ckpt_path", "no.ckpt") == "--ckpt_path no.ckpt: there is no such file."
+    assert fails("test", "--ckpt_path", "no.ckpt") == "--ckpt_path no.ckpt: there is no such file or folder."
     (tmp_path / "text.ckpt").write_text("hello")
     assert "cannot be read as a checkpoint" in fails("test", "--ckpt_path", str(tmp_path / "text.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")

@@ -115,7 +115,7 @@ def test_a_config_is_what_its_name_says(config: str) -> None:
     quick, ways, shots = re.search(r"/(quick_|omniglot_)?(\d+)way_(\d+)shot_", config).groups()
     assert (data["ways"], data["shots"]) == (int(ways), int(shots))
     network = model["network"]["init_args"]
-    assert network["ways"] == int(ways)
+    assert not {"ways", "in_channels", "image_size"} & network.keys()  # they follow from the data
     assert f"{title}{ways}-way {shots}-shot" in (configs_dir() / config).read_text().splitlines()[0]
     if rule == "reptile":
         expected, full = RELEASED_RUNS[network.get("filters", 64), int(ways)]
@@ -135,7 +135,7 @@ AT_HAND = ("sinusoid", "omniglot", "glyphs", "cifar_fs", "fc100", "image_folder"
 
 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config.partition("/")[0] in AT_HAND])
-def test_a_config_runs(
+def test_a_config_runs_with_settings_of_the_data_alone_changed(
     config: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = ["--data.meta_batch_size=2", "--data.val_tasks=1", "--model.eval_inner_steps=2"]
@@ -145,8 +145,15 @@ def test_a_config_runs(
         cache = request.getfixturevalue("cache")
         root = request.getfixturevalue("omniglot_root" if folder == "omniglot" else "cifar_root")
         fast += [f"--data.root={root}", f"--data.cache_dir={cache}", "--data.query_shots=1"]
+    size = {"glyphs": 16, "image_folder": 16}.get(folder, {"omniglot": 28, "sinusoid": None}.get(folder, 32))
+    channels = 3 if folder in ("cifar_fs", "fc100", "image_folder") else 1
+    if folder != "sinusoid":
+        fast += ["--data.ways=3"]
+    if size == 16:
+        fast += ["--data.image_size=16"]
     if folder == "image_folder":
-        fast += ["--data.image_size=16", "--model.network.image_size=16"]  # ten thousand images are soon decoded
+        fast += ["--data.color=gray"]
+        channels = 1
     monkeypatch.chdir(tmp_path)
     cli = main(["fit", "--config", config, "--trainer.fast_dev_run", "2", *fast])
     assert cli.trainer.global_step == 2
@@ -155,6 +162,10 @@ def test_a_config_runs(
     name = "val/loss" if folder == "sinusoid" else "val/accuracy"
     assert figures[name].isfinite()
     assert all(p.isfinite().all() for p in cli.model.network.parameters())
+    if folder != "sinusoid":
+        assert cli.model.network.head.out_features == 3
+        assert cli.model.network.blocks[0].conv.in_channels == channels
+        assert cli.datamodule.image_format.height == size
     assert not list(tmp_path.iterdir())  # a trial leaves nothing
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.adaptation.model import Adapted
 from fomal.build import build, read_checkpoint
+from fomal.checkpoints import find
 from fomal.checks import positive
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
@@ -51,7 +52,7 @@ def adapt(
     made anew: each of its rows starts as the mean of the trained ones, since nothing tells new classes apart yet.
 
     Args:
-        checkpoint: of `fomal fit`, or of a trainer around a `MetaLearner`.
+        checkpoint: of `fomal fit`, or of a trainer around a `MetaLearner`; or the folder of a run, for its newest.
         images: the examples: files, images of Pillow's, arrays or tensors, each of any size; or (S, C, H, W) uint8.
         labels: the class of each.
         steps: inner steps; None: as many as in the checkpoint's evaluation.
@@ -69,6 +70,7 @@ def adapt(
         FloatingPointError: the checkpoint's weights, or the adapted ones, are infinite or NaN.
         ValueError: for images or labels that cannot be used, or a checkpoint that does not say what it was trained on.
     """
+    checkpoint, _ = find(checkpoint)
     content = read_checkpoint(checkpoint)
     if learner is None:
         learner, data = build(_config(content), trust, str(checkpoint))
@@ -93,7 +95,7 @@ def adapt(
     positive(steps=learner.eval_inner_steps, batch_size=learner.eval_inner_batch_size)
     y = torch.tensor([classes.index(label) for label in labels])
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
-    about = _about(Path(checkpoint), content, learner, ways, Trust(trust))
+    about = _about(checkpoint, content, learner, ways, Trust(trust))
     about["adaptation"] |= {
         "seed": seed,
         "examples": dict(sorted(Counter(labels).items())),

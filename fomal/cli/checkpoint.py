@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fomal.build import read_checkpoint, sections
-from fomal.checkpoints import LAST, PREVIOUS
+from fomal.checkpoints import LAST, PREVIOUS, find
 from fomal.cli.errors import UsageError
-from fomal.cli.given import short_key
-from fomal.output import tell
+from fomal.cli.given import same_value, short_key
+from fomal.output import say, tell
 from fomal.trust import Trust
 
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkpoint it finds itself
@@ -25,11 +25,24 @@ FREE_TO_EVALUATE = {"model.eval_inner_steps", "model.eval_inner_batch_size", "mo
 # Data settings that may not, beside the data's own `partition_settings`: the head has so many ways. Other data may be
 # tested on, which is what their class says.
 FIXED_DATA = {"ways"}
+SIZES = {"in_channels", "image_size", "in_features", "out_features"}  # of the network, which follow from the data
 
 
 def is_keyword(ckpt_path: str) -> bool:
     """Whether Lightning itself finds the checkpoint meant by `ckpt_path`, e.g. `last`."""
     return ckpt_path.split(":")[0] in KEYWORDS and not Path(ckpt_path).is_file()
+
+
+def in_folder(folder: str) -> Path:
+    """The checkpoint meant by a folder; raise UsageError where there is none. Says which it is."""
+    try:
+        found, problems = find(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--ckpt_path {error}") from error
+    for problem in problems:
+        say(f"{problem}: using the one before.")
+    say(f"the checkpoint is {found}.")
+    return found
 
 
 def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def refuse_differences(checkpoint: Mapping[str, Any], asked: Mapping[str, Any], 
     """
     partition = set(_imported(checkpoint["data"]["class_path"]).partition_settings)
     wrong = [
-        f"{key} is {_text(before)} in the checkpoint, but {_text(now)} was given"
+        f"{key} is {_text(before)} in the checkpoint, but {_text(now)} {_came(key)}"
         for key, before, now in differences(checkpoint, asked)
         if not _is_free(key, verb, FIXED_DATA | partition)
     ]
@@ -140,7 +153,7 @@ def differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]
             return
         for name in sorted({*a, *b} - {"class_path"}):
             yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
-    elif a != b:
+    elif not same_value(a, b):
         yield short_key(key), a, b
 
 
@@ -162,6 +175,10 @@ def _is_free(key: str, verb: str, fixed_data: set[str]) -> bool:
     if verb == "fit":
         return key in FREE_TO_RESUME
     return key in FREE_TO_EVALUATE or (section == "data" and name.split(".")[0] not in fixed_data)
+
+
+def _came(key: str) -> str:
+    return "follows from the data given" if key.split(".")[-1] in SIZES and "network." in key else "was given"
 
 
 def _text(value: Any) -> str:

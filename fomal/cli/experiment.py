@@ -19,7 +19,7 @@ from fomal.cli.arguments import Arguments
 from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, save, write_rows
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
-from fomal.cli.given import TRUST_HELP, Given, is_import_path, short_key, strings, with_config_paths
+from fomal.cli.given import TRUST_HELP, Given, is_import_path, same_value, short_key, strings, with_config_paths
 from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of
 from fomal.plots.runs import Method, Run, flat_settings, read_run
@@ -139,7 +139,7 @@ def _tell_differences(planned: PlannedRun, folder: Path, extra: Sequence[str]) -
     wrong = [
         f"{key}={before[key]} where the file has {value}"
         for key, value in flat_settings(planned.settings).items()
-        if key in before and before[key] != value and key not in given
+        if key in before and not same_value(before[key], value) and key not in given
     ]
     if wrong:
         say(f"{folder} was run with {', '.join(wrong)}: remove it to run it anew.")

@@ -21,6 +21,13 @@ def short_key(key: str) -> str:
     return ".".join(part for part in key.rstrip("+").split(".") if part not in ("init_args", "dict_kwargs"))
 
 
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two settings are equal; NaN, which equals nothing, is here itself."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return bool(a == b or (a != a and b != b))
+
+
 def options(args: Sequence[str]) -> Iterator[tuple[int, str, str | None]]:
     """The options among `args`: position, name without dashes, and value where there is one."""
     for i, arg in enumerate(args):
@@ -103,10 +110,14 @@ class Given:
     def __init__(self, args: Sequence[str]) -> None:
         self.values: dict[str, Any] = {}
         self.has_config = False
+        self._places: dict[str, int] = {}
+        self._place = 1  # odd between two configs
         for _, name, value in options(args):
             if name == "config" and value is not None:
                 self.has_config = True
+                self._place += 1
                 self._add_config(value)
+                self._place += 1
             elif value is not None:
                 self._add(short_key(name), _loaded(value), Path())
 
@@ -135,6 +146,11 @@ class Given:
         elif isinstance(value, str):
             self._choose_class(key, value)
         self.values[key] = value
+        self._places[key] = self._place
+
+    def place(self, key: str) -> int:
+        """Where a setting was given last: greater after a further config; options between two configs are together."""
+        return self._places.get(key, 0)
 
     def _choose_class(self, key: str, name: Any) -> None:
         """Another class than before makes the settings of the earlier one void."""

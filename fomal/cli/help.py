@@ -10,6 +10,14 @@ from jsonargparse import DefaultHelpFormatter
 _CLASSES = re.compile(r"(?<=known subclasses: )[\w.]+\.\w+(?:, [\w.]+\.\w+)*")
 _OWN = ("fomal.models.", "fomal.outer.", "fomal.inner.")
 
+HELP = {
+    "ckpt_path": "a checkpoint, or the folder of a run, for its newest; brings its configuration along. With `fit` the "
+    "run goes on, `last` being the newest checkpoint of the run that is configured, if there is one",
+    "seed_everything": "seed of weights and tasks; true draws one at random",
+    "config": "a config file, or the name of a shipped one, e.g. sinusoid/reptile; of several, later ones go first",
+}
+"""Help of options that Lightning adds."""
+
 
 class HelpFormatter(DefaultHelpFormatter):
     """Names, of the hundreds of classes an option may take, fomal's own where there are any."""

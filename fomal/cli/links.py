@@ -1,27 +1,114 @@
-"""Settings that follow from others must not be given another value."""
+"""Settings that follow from others: seed and ways by links of the parser, a network's other sizes from the data."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
 from fomal.build import SEED, WAYS
 from fomal.cli.errors import UsageError
-from fomal.cli.given import short_key
+from fomal.cli.given import Given, short_key
+from fomal.data.datamodule import EpisodeDataModule
+from fomal.models.classifier import ALIASES, Classifier
+
+NETWORK = "model.network"
+# Settings of data that decide no size of a network, beside those of every data module.
+_NO_SIZES = {*inspect.signature(EpisodeDataModule).parameters, "root", "cache_dir", "cache_gb", "download", "on_error"}
+
+# Of what is not the number of channels, the setting of the data that it follows.
+_SOURCES = {"image_size": "image_size", "img_size": "image_size", "in_features": "image_size", "out_features": "ways"}
 
 
-def refuse_contradictions(config: Namespace, given: Mapping[str, Any]) -> None:
-    """Raise UsageError where a linked setting was given another value than its source: it would be ignored."""
+def refuse_contradictions(config: Namespace, given: Given) -> None:
+    """Raise UsageError where a linked setting was given another value than its source: it would be ignored.
+
+    A value from an earlier config file than the source's does not count: the user has changed the source since.
+    """
     for source, target in (SEED, WAYS):
         key = short_key(target)
-        if key in given and source in config and target in config:
-            expected, value = config[source], given[key]
-            value = yaml.safe_load(value) if isinstance(value, str) else value
-            if value != expected or isinstance(value, bool) != isinstance(expected, bool):
-                raise UsageError(
-                    f"{key}={value} was given, but it follows {short_key(source)}={expected}: "
-                    f"leave it out, or change {short_key(source)}."
-                )
+        if key in given.values and source in config and target in config:
+            expected, value = config[source], _loaded(given.values[key])
+            differs = value != expected or isinstance(value, bool) != isinstance(expected, bool)
+            if differs and given.place(key) >= given.place(short_key(source)):
+                raise _contradiction(key, value, f"{short_key(source)}={expected}", short_key(source))
+
+
+def follow_data(config: Namespace, given: Given) -> None:
+    """Give the network the sizes that follow from the data, in place: channels and size of images, inputs and outputs.
+
+    The network's own sizes, given before the data were changed, give way; those of a network of the user's own that
+    were given with the data or later stay.
+
+    Raises:
+        UsageError: a size of a network of fomal's was given that contradicts the data.
+    """
+    network = config.model.network
+    if not isinstance(network, Namespace) or not (sizes := _sizes(config)):
+        return
+    kind = _imported(network.class_path)
+    if "init_args" not in network:
+        network.init_args = Namespace()
+    arguments = network.init_args
+    ours = kind.__module__.startswith("fomal.")
+    named = _parameters(kind) & sizes.keys() - {"ways"}
+    for name in named - (set() if ours else {"in_features", "out_features"}):  # which may be of a layer elsewhere
+        if _gives_way(f"{NETWORK}.{name}", sizes[name], config, given, ours):
+            arguments[name] = sizes[name]
+    if kind is Classifier and (options := arguments.get("options")):
+        for alias, name in ALIASES.items():
+            key = f"{NETWORK}.options.{alias}"
+            if alias in options and name in sizes and _gives_way(key, sizes[name], config, given, ours):
+                options[alias] = sizes[name]
+
+
+def _gives_way(key: str, size: Any, config: Namespace, given: Given, ours: bool) -> bool:
+    """Whether what was given as `key`, if anything, makes room for the data's size; see `follow_data`."""
+    if key not in given.values or _same(value := _loaded(given.values[key]), size):
+        return True
+    decides = [name for name in given.values if name.partition(".")[0] == "data" and name[5:] not in _NO_SIZES]
+    if given.place(key) < max(map(given.place, decides), default=0):
+        return True
+    if not ours:
+        return False
+    name = _SOURCES.get(key.split(".")[-1], "color")
+    settings = config.data.get("init_args") or {}
+    source = f"data.{name}" if name in settings else "data"
+    raise _contradiction(key, value, f"{source}={settings.get(name, config.data.class_path)}", source)
+
+
+def _contradiction(key: str, value: Any, follows: str, source: str) -> UsageError:
+    return UsageError(f"{key}={value} was given, but it follows {follows}: leave it out, or change {source}.")
+
+
+def _sizes(config: Namespace) -> Mapping[str, Any]:
+    """The sizes that the data say; none where they cannot be built, which is told when they are."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
+    try:
+        data: EpisodeDataModule = parser.instantiate(Namespace(data=config.data.clone())).data
+    except Exception:
+        return {}
+    return data.network_sizes()
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)  # the parser has imported it before
+
+
+def _parameters(kind: Any) -> set[str]:
+    return set(inspect.signature(kind).parameters)
+
+
+def _loaded(value: Any) -> Any:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    square = {tuple(x) if isinstance(x, list | tuple) else (x, x) for x in (a, b)}
+    return len(square) == 1 and not isinstance(a, bool)

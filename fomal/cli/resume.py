@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from fomal.checkpoints import newest
+from fomal.checkpoints import newest, version_folders
 from fomal.files import keep_earlier, write_csv
 
 LAST_KEYWORD = "last"
@@ -75,8 +75,7 @@ def _checkpoint_folders(trainer: Mapping[str, Any]) -> list[Path]:
     runs, version = _runs(logger), logger["init_args"].get("version")
     if version is not None:
         return [runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints"]
-    versions = [folder for folder in runs.glob("version_*") if folder.name.removeprefix("version_").isdigit()]
-    return [folder / "checkpoints" for folder in sorted(versions, key=lambda f: int(f.name[8:]), reverse=True)]
+    return [folder / "checkpoints" for folder in version_folders(runs)]
 
 
 def _first_logger(trainer: Mapping[str, Any]) -> Any:

@@ -30,16 +30,17 @@ from fomal.callbacks import (
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.replicas import replica_loggers
 from fomal.checkpoints import meta_iterations
-from fomal.cli import checkpoint, links, resume
+from fomal.cli import VERBS, checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain
 from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
-from fomal.cli.help import HelpFormatter
+from fomal.cli.help import HELP, HelpFormatter
+from fomal.cli.start import Start
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import in_company, launched_processes, meet_first
-from fomal.files import atomic_replace, keep_earlier
+from fomal.files import atomic_replace
 from fomal.learner import MetaLearner
 from fomal.output import say, tell
 from fomal.preflight import check_epochs, check_outer_step, check_precision
@@ -48,8 +49,9 @@ from fomal.terminal import calm_lightning
 from fomal.trainer_steps import check_intervals
 from fomal.trust import Trust
 
-# Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`.
-_OURS = {"verbose": False, "weights_only": True}
+# Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`, and
+# predictions written by `PredictionsFile`.
+_OURS = {"verbose": False, "weights_only": True, "return_predictions": False}
 _PRINT_FLAGS = {"skip_default": "skip_default", "skip_unset": "skip_unset", "comments": "with_comments"}
 
 
@@ -115,7 +117,17 @@ def _learner(config: dict[str, Any]) -> MetaLearner:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration of a training run as `config.yaml` in its folder, and keeps an earlier one."""
+    """Saves the configuration of a training run as `config.yaml` in its folder, and keeps an earlier one.
+
+    Attributes:
+        start: what to undo where the run fails before its first meta-iteration is done; None afterwards.
+    """
+
+    start: Start | None = None
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """From here on the run leaves what it has."""
+        self.start = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save, before the first step."""
@@ -123,6 +135,8 @@ class SaveConfig(SaveConfigCallback):
             return
         path = run_folder(trainer) / self.config_filename  # in every process: it broadcasts
         if trainer.is_global_zero:
+            if self.start is not None:
+                self.start.keep(path)
             with atomic_replace(path, keep=True) as unfinished:
                 self.parser.save(self.config, unfinished, skip_unset=False, overwrite=True, multifile=False)
             for logger in trainer.loggers:
@@ -138,6 +152,7 @@ class FomalCLI(LightningCLI):
     """
 
     trainer_type: type[L.Trainer] = L.Trainer
+    start: Start
 
     def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb = verb
@@ -182,6 +197,7 @@ class FomalCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse contradictions between what was given, what is linked, and the checkpoint."""
+        self._say_what_it_does()
         rest = list(args[1:])
         if any(arg in ("-h", "--help") or arg.partition("=")[0].endswith(".help") for arg in rest):
             self._parse(rest)  # prints and exits
@@ -190,9 +206,20 @@ class FomalCLI(LightningCLI):
         rest = with_config_paths([arg for arg in rest if arg not in prints])
         given = Given(rest)
         self.config = self._parse_with_checkpoint(rest, given, Trust(trusted, set(strings(given.values))))
-        links.refuse_contradictions(self.config[self.verb], given.values)
+        links.refuse_contradictions(self.config[self.verb], given)
         if prints:
             self._print_config(prints[-1].partition("=")[2])
+
+    def _say_what_it_does(self) -> None:
+        """Put fomal's help in the place of what Lightning says of the trainer's method."""
+        parser = self._parser(self.verb)
+        lightnings, parser.description = parser.description, VERBS[self.verb].summary.capitalize() + "."
+        for group in parser._action_groups:
+            if group.title and group.title.rstrip(":").startswith(str(lightnings).rstrip(".:")[:20]):
+                group.title = f"options of {self.verb}"
+        for action in parser._actions:
+            if action.dest in HELP:
+                action.help = HELP[action.dest]
 
     def _parse_with_checkpoint(self, rest: list[str], given: Given, trust: Trust) -> Namespace:
         """Parse on top of the checkpoint's configuration, or of the default config."""
@@ -200,6 +227,9 @@ class FomalCLI(LightningCLI):
         if ckpt_path == resume.LAST_KEYWORD:
             ckpt_path = self._find_last(rest, given)
             rest = [*rest, f"--ckpt_path={ckpt_path or 'null'}"]
+        elif ckpt_path is not None and Path(str(ckpt_path)).is_dir():
+            ckpt_path = checkpoint.in_folder(str(ckpt_path))
+            rest = [*rest, f"--ckpt_path={ckpt_path}"]
         base: list[str] = []
         if ckpt_path is not None and not checkpoint.is_keyword(str(ckpt_path)):
             saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb, trust)
@@ -212,6 +242,7 @@ class FomalCLI(LightningCLI):
             except (UsageError, ValueError) as error:
                 raise UsageError(f"the configuration in {ckpt_path} cannot be used: {error}") from error
             config = self._parse([*base, *with_files_read(rest)])
+            links.follow_data(config[self.verb], Given([*base, *rest]))
             checkpoint.refuse_differences(self._plain(alone), self._plain(config), self.verb)
             if self.verb == "fit":
                 resume.go_on_in_its_folder(config[self.verb]["trainer"], Path(str(ckpt_path)))
@@ -225,7 +256,9 @@ class FomalCLI(LightningCLI):
             say(f"no --config given: using {base[1]}")
         elif self.verb != "fit" and ckpt_path is None:
             say("no --ckpt_path given: the network is as it is before training.")
-        return self._parse([*base, *rest])
+        config = self._parse([*base, *rest])
+        links.follow_data(config[self.verb], given)
+        return config
 
     def _find_last(self, rest: list[str], given: Given) -> Path | None:
         """The newest checkpoint of the run that is asked for; None to begin anew."""
@@ -332,6 +365,18 @@ class FomalCLI(LightningCLI):
         ours = {name: value for name, value in _OURS.items() if name in accepted}
         return super()._prepare_subcommand_kwargs(subcommand) | ours
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a training run that fails before its first meta-iteration is done leaves no files."""
+        saves = [part for part in self.trainer.callbacks if isinstance(part, SaveConfig)]  # type: ignore[attr-defined]
+        if subcommand == "fit" and saves:
+            self.start = saves[0].start = Start(self.trainer)
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if saves and saves[0].start is not None and self.trainer.is_global_zero:
+                saves[0].start.undo()
+            raise
+
     def before_fit(self) -> None:
         """Keep the log of an earlier run in the same folder, and go on with that of a resumed one."""
         if is_trial(self.trainer):
@@ -356,7 +401,7 @@ class FomalCLI(LightningCLI):
             if goes_on and isinstance(logger, CSVLogger):
                 resume.go_on_with_log(logger, log, meta_iterations(Path(ckpt_path)))
             else:
-                keep_earlier(log)
+                self.start.keep(log)
 
     def after_fit(self) -> None:
         """Say where the run is."""

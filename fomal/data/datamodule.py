@@ -236,6 +236,17 @@ class EpisodeDataModule(L.LightningDataModule):
         """Support and query examples per class of a split's tasks."""
         return (self.train_shots, self.train_query_shots) if split == "train" else (self.shots, self.query_shots)
 
+    def network_sizes(self) -> dict[str, Any]:
+        """The sizes that a network must have, by the names that networks have for them, as far as the data say.
+
+        Returns:
+            ways and out_features, the number of outputs; of images in_channels, image_size, in pixels, (H, W) where
+            they are not square, and in_features, the number of values.
+        """
+        ways, form = getattr(self, "ways", None), getattr(self, "image_format", None)
+        sizes: dict[str, Any] = {} if ways is None else {"ways": ways, "out_features": ways}
+        return sizes if form is None else sizes | image_sizes(form.channels, form.height, form.width)
+
     def rank_and_world(self) -> tuple[int, int]:
         """This process's rank and the number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -316,6 +327,12 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Signals to a whole process group reach loader processes too, before the last meta-iteration has its data."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def image_sizes(channels: int, height: int, width: int) -> dict[str, Any]:
+    """The sizes of images as `EpisodeDataModule.network_sizes` names them."""
+    size = height if height == width else (height, width)
+    return {"in_channels": channels, "image_size": size, "in_features": channels * height * width}
 
 
 def split_index(split: str) -> int:

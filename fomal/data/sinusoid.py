@@ -36,6 +36,10 @@ class SinusoidDataModule(EpisodeDataModule):
         if query_shots < 2:
             raise ValueError(f"query_shots={query_shots} must be at least 2, the ends of the interval.")
 
+    def network_sizes(self) -> dict[str, Any]:
+        """One input and one output."""
+        return {"in_features": 1, "out_features": 1}
+
     def episodes(self, split: str, number: Tensor) -> Episode:
         """Tasks `number` of a split, inputs and targets (T, points, 1) float32; devices may differ by rounding."""
         place = split_index(split)

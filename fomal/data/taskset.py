@@ -17,7 +17,7 @@ from torchvision.datasets import Omniglot, omniglot
 from torchvision.datasets.utils import check_integrity
 
 from fomal.checks import nonnegative, one_of, positive, several
-from fomal.data.datamodule import EpisodeDataModule, split_index
+from fomal.data.datamodule import EpisodeDataModule, image_sizes, split_index
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS, task_words
 from fomal.output import rank_zero_info
@@ -41,6 +41,12 @@ BENCHMARKS = {
         "a zip of pickles (160 MB) from Zenodo, else Google Drive, else Dropbox",
     ),
     "cifarfs": (["cifarfs"], "a zip of CIFAR-100's images from Zenodo, else Google Drive, into cifarfs/"),
+}
+
+_IMAGES = {  # channels, height and width
+    **dict.fromkeys(("mini-imagenet", "tiered-imagenet"), (3, 84, 84)),
+    **dict.fromkeys(("fc100", "cifarfs"), (3, 32, 32)),
+    "omniglot": (1, 28, 28),
 }
 
 
@@ -115,6 +121,11 @@ class TasksetDataModule(EpisodeDataModule):
         self.partition_seed = partition_seed
         self.tasksets = dict(tasksets or {})
         self.ways = ways
+
+    def network_sizes(self) -> dict[str, Any]:
+        """As `EpisodeDataModule.network_sizes`; of tasksets made in Python the ways alone."""
+        sizes = super().network_sizes()
+        return sizes if self.benchmark is None else sizes | image_sizes(*_IMAGES[self.benchmark])
 
     def prepare_data(self) -> None:
         """Load the benchmark, so that one process per machine downloads it and writes learn2learn's index."""

@@ -15,6 +15,14 @@ from torchvision.ops import StochasticDepth
 from fomal.checks import positive
 from fomal.models.head import find_head, outputs, resize_head
 
+ALIASES = {
+    "in_channels": "in_channels",
+    "in_chans": "in_channels",
+    "image_size": "image_size",
+    "img_size": "image_size",
+}
+"""Names that factories have for the sizes of images."""
+
 
 class Classifier(nn.Module):
     """What `factory(**options)` makes, its head (last linear layer or 1x1 convolution) resized to `ways` classes.
@@ -32,16 +40,25 @@ class Classifier(nn.Module):
         factory: import path of a function or class that makes a module from images (B, C, H, W) to logits.
         ways: classes, the size of the output.
         options: keyword arguments for it.
+        in_channels: channels of the images, for a factory that names them so, or `in_chans`, where options do not.
+        image_size: height and width of the images, or both, for a factory that names it so, or `img_size`, likewise.
 
     Raises:
         ValueError: there is nothing to import at `factory`, nothing says that it makes a network (then it is not
             called), it fails, or what it makes is no classifier with one head.
     """
 
-    def __init__(self, factory: str, ways: int = 5, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        factory: str,
+        ways: int = 5,
+        options: dict[str, Any] | None = None,
+        in_channels: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         positive(ways=ways)
-        network = _make(factory, options or {})
+        network = _make(factory, options or {}, {"in_channels": in_channels, "image_size": image_size})
         if getattr(network, "aux_logits", False):
             raise ValueError(
                 f"factory={factory!r} made a network with auxiliary outputs, which have no place in the inner loop: "
@@ -67,7 +84,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def _make(factory: str, options: dict[str, Any]) -> nn.Module:
+def _make(factory: str, options: dict[str, Any], sizes: dict[str, Any]) -> nn.Module:
     make = _imported(factory)
     if not callable(make):
         raise ValueError(f"factory={factory!r} is a {type(make).__name__}: name a function or class in it.")
@@ -76,6 +93,7 @@ def _make(factory: str, options: dict[str, Any]) -> nn.Module:
             f"factory={factory!r} is not called, since nothing says that it makes a network: name a subclass of "
             f"torch.nn.Module, or a function of a package of your own or annotated to return one."
         )
+    options = {name: sizes[ALIASES[name]] for name in ALIASES if _takes(make, name, sizes)} | options
     try:
         network = make(**options)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -103,6 +121,13 @@ def _makes_networks(make: Any, path: str) -> bool:
     package = make.__module__.partition(".")[0]
     known = {*sys.stdlib_module_names, "torch", "numpy", "fomal", "lightning", "jsonargparse", "PIL"}
     return package not in known - {"__main__"} and package == path.partition(".")[0]
+
+
+def _takes(make: Any, name: str, sizes: dict[str, Any]) -> bool:
+    try:
+        return sizes[ALIASES[name]] is not None and name in inspect.signature(make).parameters
+    except (TypeError, ValueError):  # there is no signature to look at
+        return False
 
 
 def _imported(path: str) -> Any:

@@ -20,7 +20,7 @@ class Conv4(nn.Module):
     Args:
         ways: classes, the size of the output.
         in_channels: channels of the images.
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, or both, in pixels.
         filters: channels of every convolution.
         downsample: how a block halves the image.
         padding: "tensorflow" pads right and bottom only where stride 2 meets an even size, as the released code;
@@ -33,7 +33,7 @@ class Conv4(nn.Module):
         self,
         ways: int = 5,
         in_channels: int = 1,
-        image_size: int = 28,
+        image_size: int | tuple[int, int] = 28,
         filters: int = 64,
         downsample: Literal["stride", "pool"] = "stride",
         padding: Literal["tensorflow", "symmetric"] = "tensorflow",
@@ -41,17 +41,18 @@ class Conv4(nn.Module):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        positive(ways=ways, in_channels=in_channels, image_size=image_size, filters=filters)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        positive(ways=ways, in_channels=in_channels, image_size=min(height, width), filters=filters)
         one_of(("stride", "pool"), downsample=downsample)
         one_of(("tensorflow", "symmetric"), padding=padding)
         one_of(("released", "torch"), init=init)
         blocks: list[nn.Module] = []
-        size, channels = image_size, in_channels
+        channels = in_channels
         for _ in range(4):
-            blocks.append(_Block(channels, filters, size, downsample, padding, eps))
-            size, channels = -(-size // 2), filters
+            blocks.append(_Block(channels, filters, (height, width), downsample, padding, eps))
+            height, width, channels = -(-height // 2), -(-width // 2), filters
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(filters * size * size, ways)
+        self.head = nn.Linear(filters * height * width, ways)
         if init == "released":
             _glorot(self)
 
@@ -63,17 +64,20 @@ class Conv4(nn.Module):
 class _Block(nn.Module):
     """(B, C, H, W) -> (B, filters, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, channels: int, filters: int, size: int, downsample: str, padding: str, eps: float) -> None:
+    def __init__(
+        self, channels: int, filters: int, size: tuple[int, int], downsample: str, padding: str, eps: float
+    ) -> None:
         super().__init__()
         self.pool = downsample == "pool"
-        self.pad_end = downsample == "stride" and padding == "tensorflow" and size % 2 == 0
+        below, right = (downsample == "stride" and padding == "tensorflow" and side % 2 == 0 for side in size)
+        self.pad_end = (0, int(right), 0, int(below))  # as F.pad has it
         stride = 1 if self.pool else 2
         # No bias: batch norm would remove it.
-        self.conv = nn.Conv2d(channels, filters, 3, stride, padding=0 if self.pad_end else 1, bias=False)
+        self.conv = nn.Conv2d(channels, filters, 3, stride, padding=(int(not below), int(not right)), bias=False)
         self.norm = BatchNorm(filters, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x))
+        x = self.norm(self.conv(F.pad(x, self.pad_end) if any(self.pad_end) else x))
         return F.relu(F.max_pool2d(x, 2, ceil_mode=True) if self.pool else x)
 
 

@@ -126,3 +126,15 @@ def test_mlp_is_the_papers_network_by_default():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("downsample", ["stride", "pool"])
+@pytest.mark.parametrize("padding", ["tensorflow", "symmetric"])
+def test_conv4_takes_images_that_are_not_square(downsample: str, padding: str) -> None:
+    network = Conv4(3, 1, (9, 20), filters=2, downsample=downsample, padding=padding)
+    assert network(torch.rand(4, 1, 9, 20)).shape == (4, 3)
+    turned = Conv4(3, 1, (20, 9), filters=2, downsample=downsample, padding=padding)
+    for block, other in zip(network.blocks, turned.blocks, strict=True):
+        other.conv.weight.data = block.conv.weight.data.mT
+    x = torch.rand(4, 1, 9, 20)
+    torch.testing.assert_close(turned.blocks(x.mT), network.blocks(x).mT)
