@@ -176,7 +176,7 @@ def test_other_verbs_find_the_last_one_too(stopped: Run, fails: Any) -> None:
 
 def test_a_run_goes_on_in_its_folder_unless_told_another(stopped: Run, tmp_path: Path) -> None:
     place = stopped.place
-    again = ("fit", "--ckpt_path", str(stopped.last), "--trainer.limit_train_batches=0")
+    again = ("fit", "--ckpt_path", str(stopped.last), "--trust=tests", "--trainer.limit_train_batches=0")
     assert Path(main(again).trainer.log_dir) == place
     assert Path(main([*again, "--trainer.logger.version=7"]).trainer.log_dir) == place.with_name("version_7")
 

@@ -221,7 +221,6 @@ def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
         (["--model.inner_steps=0"], "inner_steps=0 must be at least 1."),
         (["--data.shots=-1"], "shots=-1 must be at least 1."),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1 leaves the linear outer schedule without an end"),
-        (["--model.network.out_features=2"], "model.network returns (2,) per example, but the data's targets are (1,)"),
     ],
 )
 def test_settings_refused_by_learner_and_data_are_one_line(args: list[str], message: str, fails, tmp_path) -> None:

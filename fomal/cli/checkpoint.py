@@ -100,7 +100,7 @@ def _leave_log(settings: dict[str, Any], ckpt_path: Path) -> list[str]:
     runs = Path(str(settings.get("save_dir")), str(settings.get("name") or ""))
     if str(settings.get("version")) not in (ckpt_path.parents[1].name, "None"):
         settings.pop("version")
-    if any(_is(runs, folder) for folder in ckpt_path.parents[2:4]):  # the latter for one of replicas
+    if any(_is(runs, folder) for folder in ckpt_path.parents[:4]):  # of replicas, the run lies one folder deeper
         return []
     settings |= {"save_dir": "runs", "name": ""}
     settings.pop("sub_dir", None)

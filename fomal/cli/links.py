@@ -52,7 +52,7 @@ def follow_data(config: Namespace, given: Given) -> None:
         return
     kind = _imported(network.class_path)
     if "init_args" not in network:
-        network.init_args = Namespace()
+        network.init_args = Namespace()  # type: ignore[no-untyped-call]
     arguments = network.init_args
     ours = kind.__module__.startswith("fomal.")
     named = _parameters(kind) & sizes.keys() - {"ways"}
@@ -90,7 +90,7 @@ def _sizes(config: Namespace) -> Mapping[str, Any]:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
     try:
-        data: EpisodeDataModule = parser.instantiate(Namespace(data=config.data.clone())).data
+        data: EpisodeDataModule = parser.instantiate(Namespace(data=config.data.clone())).data  # type: ignore[no-untyped-call]
     except Exception:
         return {}
     return data.network_sizes()

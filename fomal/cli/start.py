@@ -26,12 +26,15 @@ class Start:
         self._new: list[Path] = []  # folders that the run will make
         self._above: list[Path] = []  # and those it will make above them, the deepest first
         self._old: list[Path] = []  # files that it will write into folders that are there
+        self._overwritten: dict[Path, bytes] = {}  # and those there that it writes again
         if is_trial(trainer):
             return
         logs = [Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir]
         for folder in dict.fromkeys([run_folder(trainer), *logs]):
             if folder.exists():
                 self._old += [folder / name for name in _OF_A_START if not (folder / name).exists()]
+                if (settings := folder / "hparams.yaml").is_file():
+                    self._overwritten[settings] = settings.read_bytes()
             else:
                 self._new.append(folder)
                 self._above += [part for part in folder.parents if not part.exists()]
@@ -54,6 +57,8 @@ class Start:
         for folder in sorted(set(self._above), key=lambda path: -len(path.parts)):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        for path, content in self._overwritten.items():
+            path.write_bytes(content)
         for kept, path in self._kept:
             if not path.exists():
                 kept.rename(path)
