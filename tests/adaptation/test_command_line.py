@@ -328,7 +328,7 @@ def test_hostile_names_are_shown_and_quoted_and_come_back(
     for name in ("=cmd()", r"[red]a\x1b[31m\x9b2J", r"$\frac{$", r"m\x1b[31m"):
         assert name in said
     found = rows(table)
-    assert list(found[0]) == ["file", "label", r"$\frac{$", "'=cmd()", "[red]a\x1b[31m\x9b2J"]
+    assert list(found[0]) == ["file", "label", r"$\frac{$", "'=cmd()", "[red]a\x1b[31m\x9b2J", "error"]
     assert [row["file"][:7] for row in found if "cmd" in row["file"]] == ["'=cmd()"] * 3
     listing = by_labels(open_source(images), str(table))
     assert {file.name for file in listing.files} == {

@@ -174,7 +174,7 @@ def test_unusable_images_are_named_together(checkpoint: Path, support: Path, tmp
     wrong.write_text("no image")
     images = [wrong, *files[1:], torch.zeros(3, 4, 4)]
     with pytest.raises(
-        ValueError, match=r"2 images cannot be used: .*text.png \(no image .*; image 9 \(shape \(4, 4, 3\)"
+        ValueError, match=r"2 images cannot be used: .*text.png \(no image .*; image 9 \(floating-point pixels"
     ):
         adapt(checkpoint, images, [*labels, "x"])
 
