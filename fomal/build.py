@@ -16,7 +16,9 @@ from torch import nn
 
 from fomal.checkpoints import find, verify
 from fomal.data.datamodule import EpisodeDataModule
+from fomal.files import open_regular
 from fomal.learner import MetaLearner
+from fomal.schema import check_checkpoint
 from fomal.trust import Trust
 
 SEED = ("seed_everything", "data.init_args.seed")
@@ -54,16 +56,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
-        ValueError: it is none of fomal's, or not whole.
+        OSError: it is no regular file, or may not be read.
+        ValueError: it is none of fomal's, not whole, or of a newer format.
     """
     path, _ = find(path)
+    open_regular(path).close()
     verify(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or "fomal" not in checkpoint:
-        raise ValueError(
-            f"{path} is not a checkpoint of fomal: give one written by `fomal fit`, or by a trainer around fomal's "
-            f"MetaLearner."
-        )
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    check_checkpoint(checkpoint, path)
     return checkpoint
 
 

@@ -84,7 +84,7 @@ def find(path: str | Path) -> tuple[Path, list[str]]:
         ValueError: none of the folder's is whole, or there are several.
     """
     path = Path(path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path, []
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")

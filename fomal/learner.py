@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD as TorchSGD
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
@@ -39,6 +40,8 @@ from fomal.models.usable import refuse_outputs, refuse_unusable
 from fomal.outer.rule import OuterRule
 from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation
+from fomal.restoring import check_carried, check_module, check_outer, misfits, weights_dtype
+from fomal.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.trainer_steps import check_intervals, one_by_one, total_steps
 from fomal.tree import Tree
 from fomal.trust import check_states
@@ -439,7 +442,12 @@ class MetaLearner(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimiser over the trainable parameters, and its schedule."""
-        optimizer = self.outer_optimizer(p for p in self.network.parameters() if p.requires_grad)
+        optimizer, schedule = self._outer(p for p in self.network.parameters() if p.requires_grad)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _outer(self, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+        """See `configure_optimizers`."""
+        optimizer = self.outer_optimizer(parameters)
         if self.outer_schedule is not None:
             schedule = self.outer_schedule(optimizer)
             if not isinstance(schedule, LRScheduler) or isinstance(
@@ -449,15 +457,14 @@ class MetaLearner(L.LightningModule):
                     f"outer_schedule={type(schedule).__name__} waits for a metric, but is stepped every "
                     f"meta-iteration: use one of the step alone, e.g. torch.optim.lr_scheduler.CosineAnnealingLR."
                 )
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            return optimizer, schedule
         total, final = total_steps(self.trainer), self.outer_final
         if total < 1 and final != 1:
             raise ValueError(
                 f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
                 f"or model.outer_final: 1 for a constant step size."
             )
-        schedule = LambdaLR(optimizer, partial(_linear, total, final))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer, LambdaLR(optimizer, partial(_linear, total, final))
 
     # -- evaluation
 
@@ -642,6 +649,7 @@ class MetaLearner(L.LightningModule):
     def own_part(self) -> dict[str, Any]:
         """What a checkpoint has under "fomal"."""
         return {
+            "format": CHECKPOINT_FORMAT,
             "config": self.config,
             "carried": self.carried,
             "max_steps": total_steps(self.trainer),
@@ -686,7 +694,9 @@ class MetaLearner(L.LightningModule):
             missing = [name for name in ("network", "rule", "inner_optimizer") if name not in parts]
             if missing:
                 raise ValueError(f"{checkpoint_path}: give load_from_checkpoint {' and '.join(missing)} too.")
-            learner = cls(**{**saved.get("settings", {}), **parts})
+            learner = cls(
+                **{**{name: value for name, value in saved.get("settings", {}).items() if name in KEPT}, **parts}
+            )
         elif saved["config"]:
             learner, _ = reader.build(saved["config"], trust, str(checkpoint_path))
             learner.config = saved["config"]
@@ -695,18 +705,17 @@ class MetaLearner(L.LightningModule):
                 f"{checkpoint_path} is of a learner that was made in Python, so it does not say of what: use "
                 f"load_from_checkpoint({str(checkpoint_path)!r}, network=..., rule=..., inner_optimizer=...)."
             )
-        weights = checkpoint["state_dict"]
-        learner.network.to(next(t.dtype for name, t in weights.items() if name.startswith("network.")))
-        learner.load_state_dict(weights)
         learner.on_load_checkpoint(checkpoint)
+        weights = checkpoint["state_dict"]
+        learner.network.to(weights_dtype(weights, "network."))
+        learner.load_state_dict(weights)
         refuse_nonfinite_weights(learner.network, str(checkpoint_path))
         return learner.eval() if map_location is None else learner.eval().to(map_location)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
         check_states(checkpoint.get("callbacks"))
-        if "fomal" not in checkpoint:
-            raise ValueError("ckpt_path is not a checkpoint of fomal's MetaLearner: it has no entry 'fomal'.")
+        check_checkpoint(checkpoint, "ckpt_path")
         saved = checkpoint["fomal"]
         if "replicas" in saved:
             raise ValueError(REPLICAS_GIVEN)
@@ -718,8 +727,23 @@ class MetaLearner(L.LightningModule):
                     f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
                     f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
                 )
+        with misfits("ckpt_path"):
+            check_module(self, checkpoint)
+            self.check_state(checkpoint, resuming)
         self.carried = saved["carried"]
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+    def check_state(self, checkpoint: Mapping[str, Any], resuming: bool) -> None:
+        """Raise `Mismatch` where the inner or, to go on from it, the outer state of a checkpoint does not fit."""
+        learnt = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        adapted = {
+            name: checkpoint["state_dict"].get(f"network.{name}", p.detach())
+            for name, p in learnt.items()
+            if self.adapted is None or name in self.adapted
+        }
+        check_carried(checkpoint["fomal"]["carried"], self.inner_optimizer, adapted)
+        if resuming:
+            check_outer(self._outer, learnt.values(), checkpoint)
 
 
 def _linear(total: int, final: float, step: int) -> float:

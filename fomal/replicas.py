@@ -22,6 +22,8 @@ from fomal.learner import MetaLearner
 from fomal.meta_iteration import MetaGradient, mean_over_processes, meta_gradient
 from fomal.output import rank_zero_warn
 from fomal.preflight import check_epochs, check_outer_step
+from fomal.restoring import check_module, misfits
+from fomal.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.trainer_steps import one_by_one
 from fomal.trust import check_states
 from fomal.watch import LOOK_EVERY, Watch, nonfinite, refuse_nonfinite_state, refuse_nonfinite_weights
@@ -236,6 +238,7 @@ class Replicas(L.LightningModule):
             states = checkpoint.get("optimizer_states", [])[place : place + 1]
             refuse_nonfinite_state({**checkpoint, "optimizer_states": states}, learner.carried)
         checkpoint["fomal"] = {
+            "format": CHECKPOINT_FORMAT,
             "config": self.config,
             "replicas": [learner.own_part() for learner in self],
             "stopped": self.stopped,
@@ -244,14 +247,17 @@ class Replicas(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over each replica's carried state."""
         check_states(checkpoint.get("callbacks"))
-        saved = checkpoint.get("fomal", {}).get("replicas")
+        check_checkpoint(checkpoint, "ckpt_path")
+        saved = checkpoint["fomal"].get("replicas")
         if saved is None or len(saved) != len(self.learners):
             found = "no replicas" if saved is None else f"{len(saved)} replicas"
             raise ValueError(f"ckpt_path is a checkpoint of {found}, not of {len(self.learners)}.")
+        with misfits("ckpt_path"):
+            check_module(self, checkpoint)
         self.stopped = dict(checkpoint["fomal"]["stopped"])
-        for learner, own in zip(self, saved, strict=True):
+        for place, learner in enumerate(self):
             learner.trainer = self.trainer
-            learner.on_load_checkpoint({"fomal": own})
+            learner.on_load_checkpoint(replica_checkpoint(checkpoint, place))
 
 
 def replica_checkpoint(checkpoint: Mapping[str, Any], place: int) -> dict[str, Any]:
@@ -261,8 +267,11 @@ def replica_checkpoint(checkpoint: Mapping[str, Any], place: int) -> dict[str, A
     return {
         **checkpoint,
         "state_dict": {name.removeprefix(prefix): t for name, t in weights if name.startswith(prefix)},
-        "optimizer_states": [checkpoint["optimizer_states"][place]],
-        "lr_schedulers": [checkpoint["lr_schedulers"][place]],
+        **{
+            key: checkpoint[key][place : place + 1]
+            for key in ("optimizer_states", "lr_schedulers")
+            if key in checkpoint
+        },
         "fomal": checkpoint["fomal"]["replicas"][place],
     }
 

@@ -17,13 +17,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {""},  # the package itself, which imports nothing
     {"output"},
-    {"checks", "files", "fingerprint", "random", "signals", "terminal", "tree", "trust", "versions", "watch"},
+    {"checks", "files", "fingerprint", "random", "schema", "signals", "terminal", "tree", "trust", "versions", "watch"},
     {"checkpoints", "distributed", "loggers"},
     {"metrics"},
     {"data", "models"},
     {"inner"},
     {"memory", "outer"},
-    {"evaluation", "meta_iteration", "preflight", "trainer_steps"},
+    {"evaluation", "meta_iteration", "preflight", "restoring", "trainer_steps"},
     {"captured"},
     {"analysis"},
     {"learner"},

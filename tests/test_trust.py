@@ -72,8 +72,8 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
         "torchvision.models.detection.fasterrcnn_resnet50_fpn",
     ),
     "network by partial": ("model.network", of("functools.partial"), "functools.partial"),
-    "network by name": ("model.network", "evil_canary.Net", "evil_canary.Net"),
-    "network by short name": ("model.network", "ScriptModule", "torch.jit.ScriptModule"),
+    "network by name": ("model.network", "evil_canary.Net", ""),
+    "network by short name": ("model.network", "ScriptModule", ""),
     "network as a file": ("model.network", "FOLDER/canary.yaml", ""),
     "network at an address": ("model.network", ADDRESS, ""),
     "network as text": ("model.network", '{"class_path": "evil_canary.Net"}', ""),
@@ -223,7 +223,8 @@ def write(path: Path, config: dict[str, Any]) -> Path:
     weights = Conv4(**NETWORK["init_args"]).state_dict()
     own = {"config": config, "carried": None, "max_steps": 1, "skipped_tasks": 0, "versions": {}, "commits": {}}
     state = {f"network.{name}": t for name, t in weights.items()}
-    torch.save({"state_dict": state, "fomal": own, "global_step": 1, "epoch": 0}, path)
+    whole = {"state_dict": state, "global_step": 1, "epoch": 0, "pytorch-lightning_version": "2.6.6"}
+    torch.save(whole | {"fomal": own}, path)
     return path
 
 

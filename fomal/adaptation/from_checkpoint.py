@@ -27,6 +27,8 @@ from fomal.learner import REPLICAS_GIVEN, MetaLearner
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.output import rank_zero_info
+from fomal.restoring import misfits, weights_dtype
+from fomal.schema import check_tensors
 from fomal.trust import Trust
 from fomal.versions import versions
 from fomal.watch import nonfinite, refuse_nonfinite_weights
@@ -137,7 +139,10 @@ def _image_format(data: EpisodeDataModule) -> ImageFormat:
 def _give_weights(content: dict[str, Any], learner: MetaLearner) -> int:
     """Give a learner the checkpoint's weights and state; the number of its classes."""
     weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-    learner.network.to(next(t.dtype for t in weights.values() if t.is_floating_point()))
+    with misfits("the checkpoint"):
+        check_tensors(weights, learner.network.state_dict(), "its state_dict", "the network")
+        learner.check_state(content, resuming=False)
+    learner.network.to(weights_dtype(weights))
     learner.network.load_state_dict(weights)
     refuse_nonfinite_weights(learner.network, "adapt")
     learner.carried = content["fomal"]["carried"]

@@ -12,19 +12,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from fomal.adaptation.folder import (
+    ABOUT,
+    AGAIN,
+    SUPPORT,
+    WEIGHTS,
+    image_format_of,
+    make_network,
+    read_about,
+    read_support,
+)
 from fomal.adaptation.inputs import ImageLike, decode_all
-from fomal.build import build_network
+from fomal.checks import first_line
 from fomal.data.image_format import ImageFormat
 from fomal.inner.objective import Objective
-from fomal.models.head import resize_head
-from fomal.models.norm import has_batch_norm, use_batch_statistics
+from fomal.models.norm import has_batch_norm
+from fomal.schema import MODEL_FORMAT, Mismatch
 from fomal.tree import Tree, detach
 
-_FORMAT = 1  # of the folder
 _TOGETHER = 256  # images in a forward pass, where each to be predicted brings the support set along
 
 
@@ -145,11 +153,11 @@ class Adapted:
             state = self.network.state_dict().items()
             weights = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state}
             # Not save_file, whose files are private to the user.
-            (unfinished / "model.safetensors").write_bytes(save(weights))
+            (unfinished / WEIGHTS).write_bytes(save(weights))
             examples = {"images": self.support.contiguous(), "labels": self.labels}
-            (unfinished / "support.safetensors").write_bytes(save(examples))
-            about = {"format": _FORMAT, "classes": self.classes, "image_format": asdict(self.image_format)}
-            (unfinished / "model.json").write_text(json.dumps(about | self.about, indent=2) + "\n")
+            (unfinished / SUPPORT).write_bytes(save(examples))
+            about = {"format": MODEL_FORMAT, "classes": self.classes, "image_format": asdict(self.image_format)}
+            (unfinished / ABOUT).write_text(json.dumps(about | self.about, indent=2) + "\n")
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -168,30 +176,32 @@ class Adapted:
 
         Raises:
             FileNotFoundError: it lacks a file.
-            ValueError: a file is damaged, is of a newer version of fomal, or names what is not trusted.
+            OSError: a file is no regular one, is too large, or may not be read.
+            ValueError: a file is damaged, does not fit the others, is of a newer format, or names what is not
+                trusted.
         """
         folder = Path(folder)
-        for name in ("model.json", "model.safetensors", "support.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no adapted model: it has no {name}; make one by `fomal adapt`.")
+        about = read_about(folder)
+        classes = about["classes"]
         try:
-            about = json.loads((folder / "model.json").read_text())
-            support = load_file(folder / "support.safetensors")
-            weights = load_file(folder / "model.safetensors", device=str(device))
-            if about["format"] != _FORMAT:
-                raise ValueError(f"its format is {about['format']}, and this version of fomal reads {_FORMAT}")
-            image_format = ImageFormat(**about["image_format"])
-            network = build_network(about["network"], trust, str(folder / "model.json")).to(device)
-            use_batch_statistics(network)
-            if about["ways"] != len(about["classes"]):
-                resize_head(network, len(about["classes"]))
-            network.to(next(t.dtype for t in weights.values() if t.is_floating_point()))
-            network.load_state_dict(weights)
-            classes = about["classes"]
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} cannot be used: {error}") from error
-        rest = {key: value for key, value in about.items() if key not in ("format", "classes", "image_format")}
-        return cls(network, classes, image_format, support["images"], support["labels"], rest)
+            image_format = image_format_of(about)
+            support, labels = read_support(folder, image_format, len(classes))
+            network = make_network(folder, about, trust).to(device)
+            rest = {key: value for key, value in about.items() if key not in ("format", "classes", "image_format")}
+            model = cls(network, classes, image_format, support, labels, rest)
+            model._refuse_misfit()
+        except Mismatch as error:
+            raise ValueError(f"{folder} cannot be used: {error}. {AGAIN}") from error
+        except Exception as error:  # a network of whatever class is made and tried
+            raise ValueError(f"{folder} cannot be used: {first_line(error)}") from error
+        return model
+
+    @torch.no_grad()
+    def _refuse_misfit(self) -> None:
+        """Raise `Mismatch` for a network that does not give one output for each class of images of this format."""
+        outputs = self.network(self._inputs(self.support[:2]))
+        if outputs.shape[1:] != (len(self.classes),):
+            raise Mismatch(f"its network has outputs {tuple(outputs.shape[1:])} for {len(self.classes)} classes")
 
 
 def refuse_existing(folder: Path) -> None:

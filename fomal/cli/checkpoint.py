@@ -56,7 +56,7 @@ def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]
     """
     try:
         checkpoint = read_checkpoint(ckpt_path)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         before = Path(ckpt_path).with_name(PREVIOUS)
         hint = f"; the one before is {before}" if Path(ckpt_path).name == LAST and before.is_file() else ""
         raise UsageError(f"--ckpt_path {error}{hint}") from error

@@ -167,7 +167,7 @@ def test_a_save_that_fails_leaves_nothing(adapted: Adapted, tmp_path: Path, monk
 def test_damaged_folders_are_named(folder: Path, name: str) -> None:
     path = folder / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="model cannot be used: "):
+    with pytest.raises(ValueError, match="(model|model.json) (cannot be used|is no JSON)"):
         Adapted.load(folder)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"it has no {name}; make one by `fomal adapt`"):
@@ -177,7 +177,9 @@ def test_damaged_folders_are_named(folder: Path, name: str) -> None:
 def test_a_newer_format_is_refused(folder: Path) -> None:
     about = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(about | {"format": 99}))
-    with pytest.raises(ValueError, match="its format is 99, and this version of fomal reads 1"):
+    with pytest.raises(
+        ValueError, match="has format 99, and this version of fomal, .* reads formats up to 1: install a newer fomal"
+    ):
         Adapted.load(folder)
 
 
@@ -231,7 +233,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_are_saved_and_tied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fomal.adaptation.model.build_network", lambda *args, **settings: Tied())
+    monkeypatch.setattr("fomal.adaptation.folder.build_network", lambda *args, **settings: Tied())
     images = torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8)
     about = {"network": {"class_path": "torch.nn.Linear", "init_args": {}}, "ways": 2}
     model = Adapted(Tied(), ["a", "b"], ImageFormat(2, 2, "gray"), images[:2], torch.tensor([0, 1]), about)
