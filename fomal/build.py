@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from numbers import Number
@@ -198,5 +199,16 @@ def _instantiated(
         if check is not None:
             check(parsed)
         return parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise ValueError(f"{source}: the configuration cannot be used: {error}") from error
+    except Exception as error:  # constructors raise many kinds for values that they do not expect
+        text = _gist(error)
+        if isinstance(error, ValueError | OSError | ImportError) and text == str(error):
+            raise
+        raise ValueError(f"{source}: the configuration cannot be used: {text}") from error
+
+
+def _gist(error: Exception) -> str:
+    """An error's text in one line, without jsonargparse's account of the other kinds of value that it tried."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", text)
+    text = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    return text if isinstance(error, ValueError | ArgumentError) else f"{type(error).__name__}: {text}"

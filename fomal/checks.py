@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
+
+from torch import Tensor
 
 
 def positive(**values: int) -> None:
     """Raise ValueError for the first named value below 1."""
     for name, value in values.items():
-        if value < 1:
+        if not _is_number(value) or value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def several(**values: int) -> None:
     """Raise ValueError for the first named number of classes below 2: one alone is always guessed right."""
     for name, value in values.items():
-        if value < 2:
+        if not _is_number(value) or value < 2:
             raise ValueError(f"{name}={value} must be at least 2: with one class there is nothing to tell apart.")
 
 
 def nonnegative(**values: float) -> None:
     """Raise ValueError for the first named value that is negative or not a number."""
     for name, value in values.items():
-        if not value >= 0:
+        if not _is_number(value) or not value >= 0:
             raise ValueError(f"{name}={value} must not be negative.")
+
+
+def _is_number(value: object) -> bool:
+    """Exclude null, which configurations can have anywhere, and texts."""
+    return isinstance(value, Real | Tensor)
 
 
 def one_of(choices: Iterable[str], **values: str) -> None:
