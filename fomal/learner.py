@@ -674,7 +674,7 @@ class MetaLearner(L.LightningModule):
         at least `network`, `rule` and `inner_optimizer`, and whatever else should differ.
 
         Args:
-            checkpoint_path: a file.
+            checkpoint_path: a file, or the folder of a run.
             map_location: the device to put the learner on.
             trust: names, or packages, that the checkpoint's configuration may use beside fomal's and torch's.
             parts: arguments of the constructor.
