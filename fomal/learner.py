@@ -203,8 +203,7 @@ class MetaLearner(L.LightningModule):
         # figures of an evaluation are reduced all at once.
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
-        self.accuracies = TaskMean(2, sync_on_compute=False)  # alone, transductive
-        self.distances = TaskMean(sync_on_compute=False)
+        self._evaluated: tuple[TaskMean, TaskMean, TaskMean] | None = None
 
     def _take_network(self) -> None:
         """Prepare the network, at first and where another has been put in its place."""
@@ -223,15 +222,16 @@ class MetaLearner(L.LightningModule):
             self._restrict(self.adapted, self.outer_parameters)
         self.objective = Objective(self.network, self.vectorize, Recorder(self.network, self.recorded, self.compiled))
 
-    @property
-    def eval_inner_steps(self) -> int:
-        """Inner steps on a validation, test or prediction task."""
-        return self._eval_inner_steps
+    def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
+        """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
 
-    @eval_inner_steps.setter
-    def eval_inner_steps(self, steps: int) -> None:
-        self._eval_inner_steps = steps
-        self.losses_by_step = TaskMean(max(steps, 0) + 1, sync_on_compute=False).to(self.device)
+        No modules of the learner: they begin with each evaluation, and are nothing to be summed up or saved.
+        """
+        if self._evaluated is None:
+            sizes = 2, self.eval_inner_steps + 1, None
+            accuracies, losses, distances = (TaskMean(size, sync_on_compute=False).to(self.device) for size in sizes)
+            self._evaluated = accuracies, losses, distances
+        return self._evaluated
 
     def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
         """See `adapt` and `outer_parameters`."""
@@ -480,17 +480,17 @@ class MetaLearner(L.LightningModule):
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
         result = self.evaluate(batch)
-        finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in result if part.numel()]).all(
-            0
-        )  # (T,)
+        parts = [part.isfinite().reshape(len(part), -1).all(1) for part in result if part.numel()]
+        finite = torch.stack(parts).all(0)  # (T,)
         self._judged.append((batch.number, finite))
-        self.distances.update(result.distance)
+        all_accuracies, losses_by_step, distances = self._evaluated_tasks()
+        distances.update(result.distance)
         if isinstance(result, RegressionResult):
-            self.losses_by_step.update(result.losses)
+            losses_by_step.update(result.losses)
         else:
             accuracies = torch.stack([result.accuracy, result.accuracy_transductive], 1)
             # The largest of outputs that are NaN is no prediction, though torch names one.
-            self.accuracies.update(accuracies.where(finite[:, None], torch.nan))
+            all_accuracies.update(accuracies.where(finite[:, None], torch.nan))
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
@@ -514,26 +514,25 @@ class MetaLearner(L.LightningModule):
         figures: dict[str, tuple[Tensor, Tensor]] = {}
         tasks = 0
         self.results = {}
-        merge_over_processes([self.accuracies, self.losses_by_step, self.distances])
-        if self.accuracies.total_tasks:
-            (alone, together), (alone_ci, together_ci) = self.accuracies.compute()
+        accuracies, losses_by_step, distances = self._evaluated_tasks()
+        self._evaluated = None
+        merge_over_processes([accuracies, losses_by_step, distances])
+        if accuracies.total_tasks:
+            (alone, together), (alone_ci, together_ci) = accuracies.compute()
             figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
-            tasks = int(self.accuracies.total_tasks)
-        if self.losses_by_step.total_tasks:
-            mean, ci = self.losses_by_step.compute()
+            tasks = int(accuracies.total_tasks)
+        if losses_by_step.total_tasks:
+            mean, ci = losses_by_step.compute()
             figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
             self.results["loss_by_step"] = mean.tolist()
             self.results["loss_by_step_ci95"] = ci.tolist()
-            tasks = int(self.losses_by_step.total_tasks)
-        if self.distances.total_tasks:
-            figures["distance"] = self.distances.compute()
+            tasks = int(losses_by_step.total_tasks)
+        if distances.total_tasks:
+            figures["distance"] = distances.compute()
         metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
         metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
         self._name_nonfinite(stage, [mean for mean, _ in figures.values()])
         self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
-        self.accuracies.reset()
-        self.losses_by_step.reset()
-        self.distances.reset()
         return metrics
 
     def _name_nonfinite(self, stage: str, means: Sequence[Tensor]) -> None:

@@ -182,3 +182,15 @@ def test_a_learner_survives_the_way_to_another_process() -> None:
     other = pickle.loads(pickle.dumps(run))
     assert other.datamodule.trainer is other
     same(weights(other.lightning_module), weights(learner))
+
+
+def test_figures_of_evaluations_are_no_parts_of_the_learner() -> None:
+    """So summaries have no rows for them, and an evaluation of another length or of none needs nothing anew."""
+    learner, data = small(), SinusoidDataModule(**DATA)
+    run = trainer(2)
+    first = run.test(learner, datamodule=data)
+    learner.eval_inner_steps += 1
+    run.test(learner, datamodule=data)
+    learner.eval_inner_steps -= 1
+    assert run.test(learner, datamodule=data) == first
+    assert [name for name, _ in learner.named_children()] == ["network", "train_losses"]
