@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
 from fomal.captured import CAPTURES, CapturedGradient
-from fomal.checks import one_of, positive
+from fomal.checks import MANY, nonnegative, one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode, Numbers, refuse_others
 from fomal.data.sampler import Plan, minibatch_plan, separate_tail
@@ -152,11 +152,13 @@ class MetaLearner(L.LightningModule):
     ) -> None:
         super().__init__()
         positive(
+            MANY,
             inner_batch_size=inner_batch_size,
             eval_inner_steps=eval_inner_steps,
             eval_inner_batch_size=eval_inner_batch_size,
             meta_iterations_per_step=meta_iterations_per_step,
         )
+        nonnegative(outer_final=outer_final)
         one_of(("carried", "reset"), inner_state=inner_state)
         one_of(("all", "adapted"), outer_parameters=outer_parameters)
         one_of(("raise", "skip_task"), on_nonfinite=on_nonfinite)
@@ -587,6 +589,7 @@ class MetaLearner(L.LightningModule):
             if stage == "fit":
                 tell_of_validation(self.trainer)
                 data.check_processes(self.trainer.world_size)
+            data.check_memory(["train", "val"] if stage == "fit" else [split], self.meta_iterations_per_step)
             # The first use of the network, on two tasks: what does not fit is found here.
             episode = data.episodes(split, torch.arange(2)).check()
             same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}

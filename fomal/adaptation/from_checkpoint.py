@@ -17,7 +17,7 @@ from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.adaptation.model import Adapted
 from fomal.build import build, read_checkpoint
 from fomal.checkpoints import find
-from fomal.checks import positive
+from fomal.checks import MANY, countable, positive
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.image_format import ImageFormat
@@ -27,6 +27,7 @@ from fomal.learner import REPLICAS_GIVEN, MetaLearner
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.output import rank_zero_info
+from fomal.random import LARGEST_SEED
 from fomal.restoring import misfits, weights_dtype
 from fomal.schema import check_tensors
 from fomal.trust import Trust
@@ -79,6 +80,10 @@ def adapt(
         image_format = image_format or _image_format(data)
     elif image_format is None:
         raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
+    steps = learner.eval_inner_steps if steps is None else steps
+    batch_size = learner.eval_inner_batch_size if batch_size is None else batch_size
+    positive(MANY, steps=steps, batch_size=batch_size)
+    countable(LARGEST_SEED, seed=seed)
     ways = _give_weights(content, learner)
     labels = [str(label) for label in labels]
     classes = sorted(set(labels))
@@ -92,9 +97,7 @@ def adapt(
         _rebuild_head(learner, ways, len(classes))
     if optimizer is not None:
         learner.inner_optimizer, learner.carried = optimizer, None
-    learner.eval_inner_steps = learner.eval_inner_steps if steps is None else steps
-    learner.eval_inner_batch_size = learner.eval_inner_batch_size if batch_size is None else batch_size
-    positive(steps=learner.eval_inner_steps, batch_size=learner.eval_inner_batch_size)
+    learner.eval_inner_steps, learner.eval_inner_batch_size = steps, batch_size
     y = torch.tensor([classes.index(label) for label in labels])
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
     about = _about(checkpoint, content, learner, ways, Trust(trust))

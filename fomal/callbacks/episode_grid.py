@@ -10,7 +10,7 @@ from torch import Tensor
 from fomal.callbacks.figures import aside
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.parts import Part, parts_of
-from fomal.checks import nonnegative, positive
+from fomal.checks import countable, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
 from fomal.evaluation import ClassificationResult
@@ -34,7 +34,7 @@ class EpisodeGrid(Callback):
     """
 
     def __init__(self, task: int = 0, shown: int = 5, after_validation: bool = False) -> None:
-        nonnegative(task=task)
+        countable(task=task)
         positive(shown=shown)
         self.task, self.shown, self.after_validation = task, shown, after_validation
         self._drawn_at = -1

@@ -89,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> Any:
         raise SystemExit(128 + signal.SIGPIPE) from error
     except UsageError as error:
         _fail(error, 2)
+    except RecursionError:
+        _fail(UsageError("a setting, or a file that was read, is nested too deeply to be one of fomal's."), 2)
     except Exception as error:
         if not _is_setting_error(error):
             raise

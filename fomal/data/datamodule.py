@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
 from typing import Any, ClassVar, overload
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fomal.checks import nonnegative, one_of, positive
+from fomal.checks import countable, fits_memory, one_of, positive
 from fomal.data.episode import Episode, Numbers, refuse_others
 from fomal.data.sampler import SPLITS
+from fomal.random import LARGEST_SEED
+
+_WORKERS = 1024  # processes
 
 
 class EpisodeStream(IterableDataset[Episode | Numbers]):
@@ -187,7 +190,9 @@ class EpisodeDataModule(L.LightningDataModule):
             test_tasks=test_tasks,
             eval_tasks_per_batch=eval_tasks_per_batch,
         )
-        nonnegative(train_query_shots=train_query_shots, num_workers=num_workers, seed=seed)
+        countable(train_query_shots=train_query_shots)
+        countable(_WORKERS, num_workers=num_workers)
+        countable(LARGEST_SEED, seed=seed)
         if on_device and not self.draws_anywhere:
             raise ValueError(f"on_device=True: {type(self).__name__} draws its tasks on the CPU: leave it out.")
         if on_device and num_workers:
@@ -260,6 +265,26 @@ class EpisodeDataModule(L.LightningDataModule):
                 f"data.meta_batch_size={self.meta_batch_size} does not divide over {world} processes: use {nearest}, "
                 f"or another number of devices."
             )
+
+    def check_memory(self, splits: Iterable[str], meta_iterations: int = 1) -> None:
+        """Raise ValueError where the tasks that are drawn at once do not fit the machine's memory.
+
+        Args:
+            splits: of the tasks.
+            meta_iterations: whose training tasks are drawn at once.
+        """
+        for split in splits:
+            names = ("shots", "query_shots", "eval_tasks_per_batch")
+            if split == "train":
+                names = ("train_shots", "train_query_shots", "meta_batch_size")
+            sizes = {f"data.{name}": getattr(self, name) for name in names}
+            support, query, tasks = sizes.values()
+            known = self.network_sizes()
+            if "ways" in known:
+                sizes = {"data.ways": known["ways"]} | sizes
+            tasks *= meta_iterations if split == "train" else 1
+            values = tasks * known.get("ways", 1) * (support + query) * known.get("in_features", 1)
+            fits_memory(f"a batch of the {split} split", values, 4, **sizes)
 
     def train_dataloader(self) -> EpisodeLoader:
         """Endless; each pass begins at the trainer's present meta-iteration, so that resuming equals not stopping.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomal.checks import nonnegative, positive, several
+from fomal.checks import height_and_width, nonnegative, positive, several
 from fomal.data.datamodule import EpisodeDataModule, split_index
 from fomal.data.episode import Episode
 from fomal.data.image_format import ImageFormat
@@ -20,6 +20,7 @@ EXTENT = 0.64  # of the anchors, in sides of the image
 PEN = (1.0, 2.0)  # how much ink an example's pen gives, which is how thick it writes
 UNIT = 256  # ink is counted in whole parts of this size, so that sums are exact in any order
 SMALLEST = 14
+_STROKES = 1000  # more than make anything but a black image
 
 
 class GlyphDataModule(EpisodeDataModule):
@@ -51,7 +52,8 @@ class GlyphDataModule(EpisodeDataModule):
     ) -> None:
         super().__init__(**kwargs)
         several(ways=ways)
-        positive(strokes=strokes)
+        height_and_width(image_size)
+        positive(_STROKES, strokes=strokes)
         nonnegative(wobble=wobble, warp=warp, shift=shift)
         if image_size < SMALLEST:
             raise ValueError(f"image_size={image_size} is too small to write in: use image_size >= {SMALLEST}.")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fomal.checks import nonnegative, one_of
+from fomal.checks import height_and_width, nonnegative, one_of
 from fomal.data.image_format import MAX_PIXELS, Color, Fit, ImageFormat, Resample
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.data.levels import ValueRange
@@ -76,7 +76,7 @@ class ImageFilesDataModule(ImageDataModule):
         super().__init__(**kwargs)
         nonnegative(cache_gb=cache_gb)
         one_of(("raise", "skip"), on_error=on_error)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = height_and_width(image_size)
         values = mean or (0.0,), std or (1.0,)
         self.image_format = ImageFormat(
             height, width, color, fit, resample, background, max_pixels, *values, value_range

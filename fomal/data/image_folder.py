@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fomal.checks import nonnegative, one_of
+from fomal.checks import countable, nonnegative, one_of
 from fomal.data.columns import TableSettings
 from fomal.data.image_files import ImageFilesDataModule
 from fomal.data.listing import Listed, Listing
@@ -13,6 +13,7 @@ from fomal.data.manifest import list_images
 from fomal.data.partition import How, partition
 from fomal.data.selection import Selection
 from fomal.data.source import Source, open_source
+from fomal.random import LARGEST_SEED
 
 
 class ImageFolderDataModule(ImageFilesDataModule):
@@ -78,7 +79,8 @@ class ImageFolderDataModule(ImageFilesDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         one_of(("auto", "given", "lists", "share"), split=split)
-        nonnegative(val_share=val_share, test_share=test_share, partition_seed=partition_seed)
+        nonnegative(val_share=val_share, test_share=test_share)
+        countable(LARGEST_SEED, partition_seed=partition_seed)
         self.labels = labels
         self.table = TableSettings(file_column, label_column, split_column, separator, encoding)
         self.selection = Selection.of(include, exclude)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fomal.checks import one_of, positive
+from fomal.checks import numbers, one_of, positive
 from fomal.data.image_kinds import HEAD, KINDS, kind_of, kinds_to_try
 from fomal.data.levels import Deep, OutOfRange, ValueRange, checked, deep_array, deep_image
 from fomal.data.source_base import Content
@@ -124,10 +124,13 @@ class ImageFormat:
     value_range: ValueRange = None
 
     def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            numbers(**{name: values})
         object.__setattr__(self, "mean", tuple(self.mean))  # so that lists, as JSON has them, compare equal
         object.__setattr__(self, "std", tuple(self.std))
         object.__setattr__(self, "value_range", checked(self.value_range))
-        positive(height=self.height, width=self.width, max_pixels=self.max_pixels)
+        positive(height=self.height, width=self.width)
+        positive(2**63, max_pixels=self.max_pixels)
         if self.height * self.width > MAX_PIXELS:
             raise ValueError(
                 f"height={self.height} and width={self.width} are more than {MAX_PIXELS} pixels: use smaller images."
@@ -137,7 +140,7 @@ class ImageFormat:
         one_of(_RESAMPLE, resample=self.resample)
         if self.color == "binary" and self.resample != "nearest":
             raise ValueError(f"resample={self.resample!r} makes greys of color='binary': use resample: nearest.")
-        if not 0 <= self.background <= 255:
+        if not isinstance(self.background, int) or not 0 <= self.background <= 255:
             raise ValueError(f"background={self.background} is no grey level: use 0 (black) to 255 (white).")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):

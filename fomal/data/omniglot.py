@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fomal.checks import nonnegative, one_of, positive
+from fomal.checks import countable, height_and_width, one_of, positive
 from fomal.data.image_format import ImageFormat
 from fomal.data.images import ClassImages, ImageDataModule
 from fomal.data.omniglot_files import PARTS, load_characters
 from fomal.data.sampler import shuffled
+from fomal.random import LARGEST_SEED
 
 
 class OmniglotDataModule(ImageDataModule):
@@ -57,8 +58,10 @@ class OmniglotDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(rotations=rotations, **kwargs)
-        positive(image_size=image_size, train_classes=train_classes)
-        nonnegative(val_classes=val_classes, partition_seed=partition_seed)
+        height_and_width(image_size)
+        positive(train_classes=train_classes)
+        countable(val_classes=val_classes)
+        countable(LARGEST_SEED, partition_seed=partition_seed)
         one_of(("random", "alphabet"), partition=partition)
         self.root = root
         self.download = download

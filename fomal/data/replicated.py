@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fomal.checks import nonnegative
+from fomal.checks import countable
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
+from fomal.random import LARGEST_SEED
 
 
 class ReplicatedDataModule(EpisodeDataModule):
@@ -28,7 +29,7 @@ class ReplicatedDataModule(EpisodeDataModule):
         if not seeds:
             raise ValueError("seeds is empty: give one for each replica.")
         for seed in seeds:
-            nonnegative(seed=seed)
+            countable(LARGEST_SEED, seed=seed)
         if data.on_device:
             raise ValueError("data.on_device=True does not work with replicas yet: leave one of the two out.")
         super().__init__(

@@ -16,11 +16,12 @@ from torch import Tensor
 from torchvision.datasets import Omniglot, omniglot
 from torchvision.datasets.utils import check_integrity
 
-from fomal.checks import nonnegative, one_of, positive, several
+from fomal.checks import countable, one_of, positive, several
 from fomal.data.datamodule import EpisodeDataModule, image_sizes, split_index
 from fomal.data.episode import Episode
 from fomal.data.sampler import SPLITS, task_words
 from fomal.output import rank_zero_info
+from fomal.random import LARGEST_SEED
 
 # What learn2learn reads below root, and what it fetches if something of it is missing.
 BENCHMARKS = {
@@ -97,7 +98,7 @@ class TasksetDataModule(EpisodeDataModule):
     ) -> None:
         super().__init__(**kwargs)
         several(ways=ways)
-        nonnegative(partition_seed=partition_seed)
+        countable(LARGEST_SEED, partition_seed=partition_seed)
         if num_tasks is not None:
             positive(num_tasks=num_tasks)
         if benchmark is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.checks import one_of, positive
+from fomal.checks import WIDE, fits_as_weights, height_and_width, nonnegative, one_of, positive
 from fomal.models.norm import BatchNorm
 
 
@@ -41,11 +41,15 @@ class Conv4(nn.Module):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        positive(ways=ways, in_channels=in_channels, image_size=min(height, width), filters=filters)
+        height, width = height_and_width(image_size)
+        positive(WIDE, ways=ways, in_channels=in_channels, filters=filters)
+        nonnegative(eps=eps)
         one_of(("stride", "pool"), downsample=downsample)
         one_of(("tensorflow", "symmetric"), padding=padding)
         one_of(("released", "torch"), init=init)
+        weights = 9 * filters * (in_channels + 3 * filters) + filters * -(-height // 16) * -(-width // 16) * ways
+        sizes = {"ways": ways, "in_channels": in_channels, "image_size": image_size, "filters": filters}
+        fits_as_weights("the network", weights, **sizes)
         blocks: list[nn.Module] = []
         channels = in_channels
         for _ in range(4):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fomal.checks import one_of, positive
+from fomal.checks import WIDE, fits_as_weights, one_of, positive
 from fomal.models.parameters import other_places
 
 
@@ -52,7 +52,7 @@ def resize_head(network: nn.Module, ways: int, init: Literal["mean", "new"] = "m
     Raises:
         ValueError: there is no head, or it cannot be resized.
     """
-    positive(ways=ways)
+    positive(WIDE, ways=ways)
     one_of(("mean", "new"), init=init)
     name = find_head(network) if name is None else name
     head = network.get_submodule(name)
@@ -65,6 +65,7 @@ def resize_head(network: nn.Module, ways: int, init: Literal["mean", "new"] = "m
             f"the weight of {name!r} is also that of {elsewhere[0]!r} (tied), which cannot get other rows: give the "
             f"network a head of its own."
         )
+    fits_as_weights("the head", ways * head.weight[0].numel(), ways=ways)
     for key in ("weight", "bias"):
         if isinstance(parameter := getattr(head, key), nn.Parameter):
             setattr(head, key, nn.Parameter(mean_rows(parameter.detach(), ways), parameter.requires_grad))

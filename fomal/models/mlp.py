@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
-from fomal.checks import one_of
+from fomal.checks import WIDE, fits_as_weights, numbers, one_of, positive
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -31,11 +32,15 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         one_of(_ACTIVATIONS, activation=activation)
+        positive(WIDE, in_features=in_features, out_features=out_features)
+        numbers(hidden=hidden)
+        for width in hidden:
+            positive(WIDE, hidden=width)
         widths = [in_features, *hidden, out_features]
-        if min(widths) < 1:
-            raise ValueError(f"in_features, hidden and out_features are {widths}: every width must be at least 1.")
+        weights = sum(width * following for width, following in pairwise(widths))
+        fits_as_weights("the network", weights, in_features=in_features, hidden=list(hidden), out_features=out_features)
         layers: list[nn.Module] = [nn.Flatten()]
-        for i, (width, following) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (width, following) in enumerate(pairwise(widths)):
             layers += [_ACTIVATIONS[activation]()] if i else []
             layers.append(nn.Linear(width, following))
         self.layers = nn.Sequential(*layers)

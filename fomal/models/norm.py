@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fomal.checks import WIDE, fits_as_weights, nonnegative, positive
+
 
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the second, with batch statistics in training and evaluation alike.
@@ -21,6 +23,9 @@ class BatchNorm(nn.Module):
 
     def __init__(self, features: int, eps: float = 1e-3, affine: bool = True) -> None:
         super().__init__()
+        positive(WIDE, features=features)
+        nonnegative(eps=eps)
+        fits_as_weights("the layer", 2 * features, features=features)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(features)) if affine else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.checks import nonnegative, positive
+from fomal.checks import WIDE, fits_as_weights, nonnegative, numbers, positive
 from fomal.models.norm import BatchNorm
 
 _SLOPE = 0.1  # of the leaky ReLU
@@ -37,11 +37,16 @@ class ResNet12(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        positive(ways=ways, in_channels=in_channels)
+        positive(WIDE, ways=ways, in_channels=in_channels)
         nonnegative(eps=eps)
-        if len(widths) != 4 or min(widths) < 1:
-            raise ValueError(f"widths={list(widths)}: ResNet12 has four blocks, give four widths of at least 1.")
+        numbers(widths=widths)
+        for width in widths:
+            positive(WIDE, widths=width)
+        if len(widths) != 4:
+            raise ValueError(f"widths={list(widths)}: ResNet12 has four blocks, give four widths.")
         inputs = [in_channels, *widths[:-1]]
+        weights = sum(o * (10 * i + 18 * o) for i, o in zip(inputs, widths, strict=True)) + widths[-1] * ways
+        fits_as_weights("the network", weights, ways=ways, in_channels=in_channels, widths=list(widths))
         self.blocks = nn.Sequential(*(_Block(i, o, eps) for i, o in zip(inputs, widths, strict=True)))
         self.head = nn.Linear(widths[-1], ways)
         for module in self.blocks.modules():

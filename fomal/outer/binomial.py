@@ -32,7 +32,7 @@ class BinomialMAML(OuterRule):
 
     def __init__(self, order: int = 1) -> None:
         self.order = order
-        self.differentiates = order > 0
+        self.differentiates = order != 0
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""

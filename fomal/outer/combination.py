@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fomal import tree
+from fomal.checks import numbers, positive
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, step_expansion
@@ -22,6 +23,9 @@ class StepCombination(OuterRule):
     """
 
     def __init__(self, weights: Sequence[float], tail_shots: int | None = None) -> None:
+        numbers(weights=weights)
+        if tail_shots is not None:
+            positive(tail_shots=tail_shots)
         if not any(weights):
             raise ValueError(f"weights={list(weights)} are all zero: at least one inner step must count.")
         self.weights = list(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fomal import tree
+from fomal.checks import positive
 from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, query_expansion, step_expansion
 from fomal.tree import Tree
@@ -17,8 +18,8 @@ class FOMAML(OuterRule):
     """
 
     def __init__(self, tail_shots: int | None = None) -> None:
-        if tail_shots is not None and tail_shots < 1:
-            raise ValueError(f"tail_shots={tail_shots} must be at least 1, or null for a shared tail.")
+        if tail_shots is not None:
+            positive(tail_shots=tail_shots)
         self.tail_shots = tail_shots
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:

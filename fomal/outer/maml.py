@@ -46,7 +46,7 @@ class TruncatedMAML(OuterRule):
 
     def __init__(self, order: int = 1) -> None:
         self.order = order
-        self.differentiates = order > 0
+        self.differentiates = order != 0
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
@@ -64,7 +64,7 @@ class TruncatedMAML(OuterRule):
 
 def check_order(order: int, inner_steps: int) -> None:
     """Raise ValueError for an order that is negative or exceeds the number of inner steps."""
-    if not 0 <= order <= inner_steps:
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= inner_steps:
         raise ValueError(
             f"order={order} must be from 0 (first order) to inner_steps={inner_steps} (exact): change one of the two."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from fomal.checks import positive
+from fomal.checks import MANY, positive
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.tree import Tree
@@ -68,7 +68,7 @@ class OuterRule(ABC):
 
     def check(self, inner_steps: int, optimizer: InnerOptimizer) -> None:
         """Raise ValueError, naming argument and remedy, where the rule cannot work with these settings."""
-        positive(inner_steps=inner_steps)
+        positive(MANY, inner_steps=inner_steps)
         if self.tail_shots is not None and inner_steps < 2:
             raise ValueError(
                 f"inner_steps={inner_steps} leaves no step before the separate tail: use inner_steps >= 2 "

@@ -524,7 +524,7 @@ def test_equal_formats_are_equal() -> None:
         ({"std": []}, r"^std=\[\] has 0 values for 3 channels"),
         ({"color": "gray", "std": [1, 1, 1]}, r"^std=\[1, 1, 1\] has 3 values for 1 channels"),
         ({"std": [1, 0, 1]}, r"^std=\[1, 0, 1\] must be positive\.$"),
-        ({"std": [1, float("nan"), 1]}, r"^std=\[1, nan, 1\] must be positive\.$"),
+        ({"std": [1, float("nan"), 1]}, r"^std=\[1, nan, 1\] must be a list of finite numbers\.$"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:

@@ -120,7 +120,7 @@ def test_mlp_is_the_papers_network_by_default():
         (lambda: Conv4(ways=0), "ways=0 must be at least 1"),
         (lambda: Conv4(downsample="sride"), "downsample='sride' is unknown: use one of stride, pool"),
         (lambda: MLP(activation="sin"), "activation='sin' is unknown: use one of tanh, relu, gelu"),
-        (lambda: MLP(hidden=(0,)), "every width must be at least 1"),
+        (lambda: MLP(hidden=(0,)), "hidden=0 must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
