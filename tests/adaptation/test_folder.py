@@ -129,7 +129,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (about(network={"class_path": 3}), "its network.class_path is 3, not a text"),
     (network(filters="many"), 'Parser key "filters": Expected a <class .int.>. Got value: many$'),
     (network(filters=-1), "filters=-1 must be at least 1"),
-    (network(filters=None), "filters=None must be at least 1"),
+    (network(filters=None), "filters=None must be a whole number"),
     (
         network(filters=8),
         r"has blocks.0.conv.weight as \(4, 1, 3, 3\) float32, but that of the network in model.json is",
