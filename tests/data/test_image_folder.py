@@ -324,7 +324,7 @@ def test_rotations_need_squares(make: Callable) -> None:
         ({"encoding": "utf-9"}, "encoding='utf-9' is unknown"),
         ({"val_share": -0.1}, "val_share=-0.1 must not be negative"),
         ({"cache_gb": -1}, "cache_gb=-1 must not be negative"),
-        ({"image_size": 0}, "height=0 must be at least 1"),
+        ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"mean": [0.5, 0.5]}, r"mean=\[0.5, 0.5\] has 2 values for 3 channels"),
     ],
 )
