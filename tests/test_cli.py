@@ -300,7 +300,7 @@ def test_a_value_that_a_link_would_ignore_is_refused(way: str, fails) -> None:
 
 FOLDER = ("fit", "--config", "image_folder/5way_1shot_reptile")
 REPEATED = "{model: {network: {init_args: {ways: 5, in_channels: 3, image_size: 84}}}}"
-NESTED = ("--model.network=Classifier", "--model.network.factory=fomal.models.Conv4")
+NESTED = ("--model.network=fomal.models.Classifier", "--model.network.factory=fomal.models.Conv4")
 
 
 @pytest.mark.parametrize(

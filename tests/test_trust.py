@@ -240,8 +240,8 @@ def test_no_checkpoint_reaches_anything(
     if where.startswith(("model", "data")):
         with pytest.raises(ValueError, match=r"c\.ckpt|configuration"):
             fomal.adapt(path, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), ["a", "b"])
-    if number % 8 == 0:
-        assert "c.ckpt" in fails("adapt", "--ckpt_path", str(path), "--support", ".", "--out", "m", code=1)
+        if number % 8 == 0:
+            assert "c.ckpt" in fails("adapt", "--ckpt_path", str(path), "--support", ".", "--out", "m", code=1)
 
 
 @pytest.mark.parametrize(
