@@ -211,6 +211,15 @@ def test_missing_settings_are_named(fails) -> None:
     )
 
 
+@pytest.mark.parametrize("option", ["--config", "--ckpt_path", "--data", "--model.network"])
+@pytest.mark.parametrize("bomb", [True, False])
+def test_aliases_are_not_expanded_without_end(option: str, bomb: bool, tmp_path: Path, fails) -> None:
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(["a0: &a0 [x]", *lines]) if bomb else "a: &a [*a]")
+    assert "aliases for over" in fails("test", option, str(path))
+
+
 def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
     assert "expected one argument" in fails("fit", "--config")
 

@@ -203,6 +203,7 @@ def canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     yield fill
     watching.clear()
     server.shutdown()
+    server.server_close()
     assert not events
     assert not (tmp_path / "canary").exists()
     assert "evil_canary" not in sys.modules

@@ -15,6 +15,8 @@ TRUST_HELP = (
     "a class path, or a package, that a file of somebody else's may use beside fomal's and torch's; may be given again"
 )
 
+_MOST = 100_000  # values of a configuration
+
 
 def short_key(key: str) -> str:
     """An option's name without the segments that may be left out: `data.init_args.ways` is `data.ways`."""
@@ -125,7 +127,7 @@ class Given:
         path = Path(config)
         is_file = not is_text(config) and path.is_file()
         try:
-            content = yaml.safe_load(path.read_text() if is_file else config)
+            content = _safe_load(path.read_text() if is_file else config)
         except yaml.YAMLError as error:
             raise UsageError(f"--config {config} is not valid YAML: {error}") from error
         if isinstance(content, dict):
@@ -159,8 +161,31 @@ class Given:
             self.values = {k: v for k, v in self.values.items() if not k.startswith(f"{key}.")}
 
 
+def _safe_load(text: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        UsageError: its aliases stand for more values than any configuration has, or for themselves.
+        yaml.YAMLError: it is not valid.
+    """
+    sizes: dict[int, int] = {}  # of each node; an alias is the node it stands for
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST + 1  # while it is within itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            sizes[id(node)] = 1 + sum(sum(map(size, part)) if isinstance(part, tuple) else size(part) for part in parts)
+        return sizes[id(node)]
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is not None and size(root) > _MOST:
+        start = text.strip().splitlines()[0][:40]
+        raise UsageError(f"the YAML that begins with {start!r} has aliases for over {_MOST} values: write fewer.")
+    return yaml.safe_load(text)
+
+
 def _loaded(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _safe_load(text)
     except yaml.YAMLError:
         return text  # the parser says what is wrong with it
