@@ -122,8 +122,8 @@ def test_a_replica_that_diverges_stops_and_the_others_go_on(
     assert replicas.stopped == found["fomal"]["stopped"] == {1: 7}
     said = [str(w.message) for w in recwarn if "replica" in str(w.message)]
     assert said == [
-        "replica 1 stops at meta-iteration 7, where its loss, gradient or inner state is not finite; the others go "
-        "on. Lower its step sizes."
+        "replica 1 stops at meta-iteration 7, where its loss, gradient, inner state or weights are not finite; the "
+        "others go on. Lower its step sizes."
     ]
     good, bad = tmp_path / "good" / "run", tmp_path / "bad" / "run"
     for place in (0, 2):

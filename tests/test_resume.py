@@ -124,7 +124,16 @@ class Run:
         kept = {key: content[key] for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}
         with (self.place / "metrics.csv").open() as file:
             log = list(csv.DictReader(file))
-        main(["test", "--ckpt_path", str(self.last), "--trainer.enable_progress_bar=false", "--data.test_tasks=20"])
+        main(
+            [
+                "test",
+                "--ckpt_path",
+                str(self.last),
+                "--trust=tests",
+                "--trainer.enable_progress_bar=false",
+                "--data.test_tasks=20",
+            ]
+        )
         results = json.loads((self.place / "results.json").read_text())
         return kept | {"carried": content["fomal"]["carried"], "log": log, "metrics": results["metrics"]}
 

@@ -51,7 +51,7 @@ class EpisodeStream(IterableDataset[Episode | Numbers]):
         first = self.start * self.batch
         first += (self.rank - first) % self.world  # of this rank's episodes
         if first >= self.tasks:
-            return 0
+            return 1  # Lightning refuses a loader without batches, and this rank must take part all the same
         if self.world >= self.batch:  # one episode in each batch that it has a part of
             return len(range(first, self.tasks, self.world))
         last = self.tasks - 1 - (self.tasks - 1 - self.rank) % self.world

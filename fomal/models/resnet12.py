@@ -40,10 +40,10 @@ class ResNet12(nn.Module):
         positive(WIDE, ways=ways, in_channels=in_channels)
         nonnegative(eps=eps)
         numbers(widths=widths)
-        for width in widths:
-            positive(WIDE, widths=width)
         if len(widths) != 4:
             raise ValueError(f"widths={list(widths)}: ResNet12 has four blocks, give four widths.")
+        for width in widths:
+            positive(WIDE, widths=width)
         inputs = [in_channels, *widths[:-1]]
         weights = sum(o * (10 * i + 18 * o) for i, o in zip(inputs, widths, strict=True)) + widths[-1] * ways
         fits_as_weights("the network", weights, ways=ways, in_channels=in_channels, widths=list(widths))

@@ -80,7 +80,7 @@ def test_evaluations_know_their_length_in_each_process(monkeypatch, tasks, at_on
     for rank in range(world):
         monkeypatch.setattr(data, "rank_and_world", lambda rank=rank: (rank, world))
         found = numbers(loader := data.val_dataloader(), 99)
-        assert len(loader) == len(found)
+        assert len(loader) == max(1, len(found))  # Lightning refuses loaders without any
         seen += [number for batch in found for number in batch]
     assert sorted(seen) == list(range(tasks))
 

@@ -123,7 +123,7 @@ def test_every_parameter_is_learnt():
         (lambda: ResNet12(in_channels=0), "in_channels=0 must be at least 1"),
         (lambda: ResNet12(eps=-1.0), "eps=-1.0 must not be negative"),
         (lambda: ResNet12(widths=(8, 8, 8)), r"widths=\[8, 8, 8\]: ResNet12 has four blocks"),
-        (lambda: ResNet12(widths=(8, 8, 8, 0)), "give four widths"),
+        (lambda: ResNet12(widths=(8, 8, 8, 0)), "widths=0 must be at least 1"),
         (lambda: ResNet12(widths=SMALL)(torch.zeros(2, 3, 32, 15)), "are 32x15 pixels, but ResNet12 needs 16x16"),
     ],
 )
