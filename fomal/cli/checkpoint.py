@@ -130,7 +130,7 @@ def refuse_differences(checkpoint: Mapping[str, Any], asked: Mapping[str, Any], 
         asked: the configuration with what the user gave beside it.
         verb: the verb.
     """
-    partition = set(_imported(checkpoint["data"]["class_path"]).partition_settings)
+    partition = set(imported(checkpoint["data"]["class_path"]).partition_settings)
     wrong = [
         f"{key} is {_text(before)} in the checkpoint, but {_text(now)} {_came(key)}"
         for key, before, now in differences(checkpoint, asked)
@@ -158,12 +158,13 @@ def differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]
 
 
 def _same_class(a: str | None, b: str | None) -> bool:
-    return a == b or (a is not None and b is not None and _imported(a) is _imported(b))
+    return a == b or (a is not None and b is not None and imported(a) is imported(b))
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
+    """The class at a path that the parser has imported before."""
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)  # the parser has imported it before
+    return getattr(importlib.import_module(module), name)
 
 
 def _is_free(key: str, verb: str, fixed_data: set[str]) -> bool:

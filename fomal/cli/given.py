@@ -121,7 +121,7 @@ class Given:
                 self._add_config(value)
                 self._place += 1
             elif value is not None:
-                self._add(short_key(name), _loaded(value), Path())
+                self._add(short_key(name), loaded(value), Path())
 
     def _add_config(self, config: str) -> None:
         path = Path(config)
@@ -136,7 +136,7 @@ class Given:
     def _add(self, key: str, value: Any, folder: Path) -> None:
         if isinstance(value, str) and _is_part(folder / value):
             folder = (folder / value).parent
-            value = _loaded((folder / Path(value).name).read_text())
+            value = loaded((folder / Path(value).name).read_text())
         if isinstance(value, dict):
             if "class_path" in value:
                 self._choose_class(key, value["class_path"])
@@ -184,8 +184,11 @@ def _safe_load(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def _loaded(text: str) -> Any:
+def loaded(value: Any) -> Any:
+    """A value as YAML has it; a text that is none stays, since the parser says what is wrong with it."""
+    if not isinstance(value, str):
+        return value
     try:
-        return _safe_load(text)
+        return _safe_load(value)
     except yaml.YAMLError:
-        return text  # the parser says what is wrong with it
+        return value

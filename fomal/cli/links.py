@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fomal.build import SEED, WAYS
+from fomal.cli.checkpoint import imported
 from fomal.cli.errors import UsageError
-from fomal.cli.given import Given, short_key
+from fomal.cli.given import Given, loaded, short_key
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.models.classifier import ALIASES, Classifier
 
@@ -32,7 +32,7 @@ def refuse_contradictions(config: Namespace, given: Given) -> None:
     for source, target in (SEED, WAYS):
         key = short_key(target)
         if key in given.values and source in config and target in config:
-            expected, value = config[source], _loaded(given.values[key])
+            expected, value = config[source], loaded(given.values[key])
             differs = value != expected or isinstance(value, bool) != isinstance(expected, bool)
             if differs and given.place(key) >= given.place(short_key(source)):
                 raise _contradiction(key, value, f"{short_key(source)}={expected}", short_key(source))
@@ -50,7 +50,7 @@ def follow_data(config: Namespace, given: Given) -> None:
     network = config.model.network
     if not isinstance(network, Namespace) or not (sizes := _sizes(config)):
         return
-    kind = _imported(network.class_path)
+    kind = imported(network.class_path)
     if "init_args" not in network:
         network.init_args = Namespace()  # type: ignore[no-untyped-call]
     arguments = network.init_args
@@ -68,7 +68,7 @@ def follow_data(config: Namespace, given: Given) -> None:
 
 def _gives_way(key: str, size: Any, config: Namespace, given: Given, ours: bool) -> bool:
     """Whether what was given as `key`, if anything, makes room for the data's size; see `follow_data`."""
-    if key not in given.values or _same(value := _loaded(given.values[key]), size):
+    if key not in given.values or _same(value := loaded(given.values[key]), size):
         return True
     decides = [name for name in given.values if name.partition(".")[0] == "data" and name[5:] not in _NO_SIZES]
     if given.place(key) < max(map(given.place, decides), default=0):
@@ -96,17 +96,8 @@ def _sizes(config: Namespace) -> Mapping[str, Any]:
     return data.network_sizes()
 
 
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(__import__(module, fromlist=[name]), name)  # the parser has imported it before
-
-
 def _parameters(kind: Any) -> set[str]:
     return set(inspect.signature(kind).parameters)
-
-
-def _loaded(value: Any) -> Any:
-    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fomal.data.source_base import Source
+from fomal.data.source_base import ImagesAlone
 from fomal.data.zip_source import refuse_member
 from fomal.output import rank_zero_info
 
@@ -40,7 +40,7 @@ class _Array(NamedTuple):
     dtype: np.dtype[Any]
 
 
-class NpzSource(Source):
+class NpzSource(ImagesAlone):
     """Images (N, H, W), (N, H, W, C) or (N, C, H, W) and their labels (N,) or (N, 1).
 
     The arrays are called train_images and train_labels, likewise with val and test, or x_train and y_train, images and
@@ -194,11 +194,6 @@ class NpzSource(Source):
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and time of change of the file."""
         return self._state
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """None."""
-        return {}
 
 
 def _channels(shape: tuple[int, ...]) -> int | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fomal.data.image_kinds import HEAD, not_an_image
 from fomal.files import open_regular, read_regular
+
+_Kept = TypeVar("_Kept")
 
 MOST_WAYS = 16
 """Paths on which one folder may be reached by links."""
@@ -73,6 +76,43 @@ class Source(ABC):
         return [name for name in self.names if name not in self.left_out]
 
 
+class ImagesAlone(Source):
+    """Files that are images all, whatever their names."""
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+
+def members_by_name(
+    label: str, kind: str, members: Iterable[tuple[str, bool, _Kept]]
+) -> tuple[dict[str, _Kept], list[str]]:
+    """The members of an archive that are files, and the sorted names of all folders; hidden ones are left out.
+
+    Args:
+        label: what to call the archive in messages.
+        kind: what it is, e.g. zip.
+        members: the name of each, whether it is a folder, and what is kept of it.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    files: dict[str, _Kept] = {}
+    folders: set[str] = set()
+    for name, is_folder, kept in members:
+        if any(map(is_hidden, name.split("/"))):
+            continue
+        folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
+        if is_folder:
+            folders.add(name)
+            continue
+        if name in files:
+            raise ValueError(f"{label} has two members {name!r}: make the {kind} anew, with one of them.")
+        files[name] = kept
+    return files, sorted(folders)
+
+
 class FolderSource(Source):
     """A folder; links in it are followed, as far as they do not run in circles.
 
@@ -116,7 +156,7 @@ class FolderSource(Source):
         return about.st_size, about.st_mtime_ns
 
 
-class FileSource(Source):
+class FileSource(ImagesAlone):
     """Files by their paths, as given.
 
     Raises:
@@ -130,16 +170,6 @@ class FileSource(Source):
             raise FileNotFoundError(f"{setting}={lacking[0]!r} {what}: give files, or one folder or zip.")
         self.where, self.setting = f"{len(paths)} files", setting
         self.names, self.folders = list(dict.fromkeys(paths)), []
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """None."""
-        return {}
-
-    @property
-    def images(self) -> list[str]:
-        """All of them, whatever their names."""
-        return self.names
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -155,7 +185,7 @@ class FileSource(Source):
         return about.st_size, about.st_mtime_ns
 
 
-class ArraySource(Source):
+class ArraySource(ImagesAlone):
     """Images that a data set's own format holds as arrays.
 
     Args:
@@ -183,16 +213,6 @@ class ArraySource(Source):
     def stamp(self, name: str) -> tuple[int, int]:
         """That of the file they come from."""
         return self._stamp
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """None."""
-        return {}
-
-    @property
-    def images(self) -> list[str]:
-        """All of them."""
-        return self.names
 
 
 def _head(path: Path) -> bytes:

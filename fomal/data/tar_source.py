@@ -9,13 +9,13 @@ import tarfile
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, NamedTuple
 
 from fomal.checks import first_line
 from fomal.data.image_kinds import HEAD
-from fomal.data.source_base import LARGEST_RATIO, Source, is_hidden, wrong_path
+from fomal.data.source_base import LARGEST_RATIO, Source, members_by_name, wrong_path
 from fomal.files import LARGEST, open_regular
 
 _GZIP, _BZIP2 = b"\x1f\x8b", b"BZh"
@@ -59,22 +59,16 @@ class TarSource(Source):
         self.path, self.cache_gb = path, cache_gb
         self._state = _state(path)
         self._file: IO[bytes] | None = None
-        self._members: dict[str, _Place] = {}
-        folders: set[str] = set()
-        file = self._opened()
-        for member in self._headers(file):
+        members = self._checked(self._headers(self._opened()))
+        self._members, self.folders = members_by_name(self.label, "tar", members)
+        self.names = sorted(self._members)
+
+    def _checked(self, members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, bool, _Place]]:
+        for member in members:
             _refuse(member, self.label)
             name = PurePosixPath(member.name).as_posix()
-            if name == "." or any(map(is_hidden, name.split("/"))):
-                continue
-            folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
-            if member.isdir():
-                folders.add(name)
-                continue
-            if name in self._members:
-                raise ValueError(f"{self.label} has two members {name!r}: make the tar anew, with one of them.")
-            self._members[name] = _Place(member.offset_data, member.size)
-        self.names, self.folders = sorted(self._members), sorted(folders)
+            if name != ".":
+                yield name, member.isdir(), _Place(member.offset_data, member.size)
 
     def _headers(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         count = 0

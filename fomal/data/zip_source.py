@@ -7,10 +7,11 @@ import os
 import stat
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from fomal.data.image_kinds import HEAD
-from fomal.data.source_base import LARGEST_RATIO, Source, is_hidden, wrong_path
+from fomal.data.source_base import LARGEST_RATIO, Source, members_by_name, wrong_path
 from fomal.files import LARGEST
 
 _SMALL = 2**20  # bytes; a member no larger than this is no bomb, whatever its ratio: drawings do compress
@@ -34,22 +35,13 @@ class ZipSource(Source):
             members = self._zip().infolist()
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.label} is not a readable zip ({error}): fetch or make it anew.") from error
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        folders: set[str] = set()
+        self._members, self.folders = members_by_name(self.label, "zip", self._checked(members))
+        self.names = sorted(self._members)
+
+    def _checked(self, members: Iterable[zipfile.ZipInfo]) -> Iterator[tuple[str, bool, zipfile.ZipInfo]]:
         for member in members:
             refuse_member(member, self.label)
-            name = member.filename.rstrip("/")
-            if any(map(is_hidden, name.split("/"))):
-                continue
-            folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
-            if member.is_dir():
-                folders.add(name)
-                continue
-            if name in self._members:
-                raise ValueError(f"{self.label} has two members {name!r}: make the zip anew, with one of them.")
-            self._members[name] = member
-        self.names = sorted(self._members)
-        self.folders = sorted(folders)
+            yield member.filename.rstrip("/"), member.is_dir(), member
 
     def _zip(self) -> zipfile.ZipFile:
         """The open zip; each process has its own, since a forked file shares its position."""
