@@ -19,6 +19,7 @@ from fomal.checkpoints import find, verify
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.files import open_regular
 from fomal.learner import MetaLearner
+from fomal.moved import refusal
 from fomal.schema import check_checkpoint
 from fomal.trust import Trust
 
@@ -151,6 +152,8 @@ VARIED = ("seed_everything", "model.inner_optimizer.lr", "model.outer_optimizer.
 def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     varied = {key: deepcopy(value) for key, value in config.items() if key != "replicas"}
     for name, value in changes.items():
+        if moved := refusal([name]):
+            raise ValueError(f"replicas: {moved}.")
         if name not in VARIED:
             raise ValueError(f"replicas: {name} cannot differ between them: use {', '.join(VARIED)}.")
         kind = int if name == "seed_everything" else float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +39,9 @@ from fomal.models.parameters import matching
 from fomal.models.usable import refuse_outputs, refuse_unusable
 from fomal.outer.rule import OuterRule
 from fomal.output import rank_zero_info, rank_zero_warn
-from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation
+from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
 from fomal.restoring import check_carried, check_module, check_outer, misfits, weights_dtype
 from fomal.schema import CHECKPOINT_FORMAT, check_checkpoint
-from fomal.trainer_steps import check_intervals, one_by_one, total_steps
 from fomal.tree import Tree
 from fomal.trust import check_states
 from fomal.versions import commits, versions
@@ -112,10 +111,6 @@ class MetaLearner(L.LightningModule):
         tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
             runs in chunks, with the same results up to rounding. Null chooses as many as take at most half of the
             memory that is free, and fewer where a GPU's does not suffice after all.
-        meta_iterations_per_step: meta-iterations that the Trainer hands over at a time, a chunk, which spares most of
-            its overhead where they are short, and keeps as many meta-batches in memory. Weights, log and checkpoints
-            stay the same, bitwise, and all counts are of meta-iterations, so intervals must be multiples of it. For
-            callbacks a chunk is one batch; Lightning's LearningRateMonitor finds none to log at (`outer_lr` is logged).
         outer_clip_val: clip the outer gradient, the mean over all tasks, before the outer optimiser: as
             `trainer.gradient_clip_val` does where there is a loss. Null: do not.
         outer_clip_algorithm: by the norm of all parameters together, or each value by itself.
@@ -145,7 +140,6 @@ class MetaLearner(L.LightningModule):
         outer_parameters: Literal["all", "adapted"] = "all",
         on_nonfinite: Literal["raise", "skip_task"] = "raise",
         tasks_per_chunk: int | None = None,
-        meta_iterations_per_step: int = 1,
         cuda_graph: bool = False,
         outer_clip_val: float | None = None,
         outer_clip_algorithm: Literal["norm", "value"] = "norm",
@@ -156,7 +150,6 @@ class MetaLearner(L.LightningModule):
             inner_batch_size=inner_batch_size,
             eval_inner_steps=eval_inner_steps,
             eval_inner_batch_size=eval_inner_batch_size,
-            meta_iterations_per_step=meta_iterations_per_step,
         )
         nonnegative(outer_final=outer_final)
         one_of(("carried", "reset"), inner_state=inner_state)
@@ -186,7 +179,6 @@ class MetaLearner(L.LightningModule):
         self.inner_state = inner_state
         self.eval_inner_steps = eval_inner_steps
         self.eval_inner_batch_size = eval_inner_batch_size
-        self.meta_iterations_per_step = meta_iterations_per_step
         self.adapt, self.outer_parameters = adapt, outer_parameters
         self.vectorize, self.recorded, self.compiled = vectorize, recorded, compiled
         self._take_network()
@@ -334,13 +326,8 @@ class MetaLearner(L.LightningModule):
         network = Snapshot(self.network, storages=True)
         return inner, settings(self.rule), self.adapted, self.objective.vectorize, network
 
-    def training_step(self, batch: Episode | Numbers | list[Episode | Numbers], batch_idx: int) -> None:
-        """One meta-iteration, or those of a chunk, as far as `max_steps` or a request to stop."""
-        parts: Iterator[Episode | Numbers] = one_by_one(self.trainer, batch, self.watch)
-        for part in parts:
-            self._meta_iteration(part)
-
-    def _meta_iteration(self, batch: Episode | Numbers) -> None:
+    def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
+        """One meta-iteration."""
         refuse_others(batch)
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         self.seed_for(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
@@ -569,16 +556,9 @@ class MetaLearner(L.LightningModule):
         check_trainer(self.trainer)
         if self.trainer.ckpt_path is None:
             self.refuse_nonfinite()
-        if stage == "fit":
-            check_intervals(self.trainer, self.meta_iterations_per_step)
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
         positive(eval_inner_steps=self.eval_inner_steps, eval_inner_batch_size=self.eval_inner_batch_size)
         positive(inner_batch_size=self.inner_batch_size)
-        if self.meta_iterations_per_step > 1 and stage == "fit" and not isinstance(data, EpisodeDataModule):
-            raise ValueError(
-                f"model.meta_iterations_per_step={self.meta_iterations_per_step} needs an EpisodeDataModule, given as "
-                f"datamodule, that yields so many meta-batches at a time: use 1 with other loaders."
-            )
         if isinstance(data, EpisodeDataModule):
             split = {"fit": "train", "validate": "val"}.get(stage, "test")
             if stage == "fit" and self.rule.needs_query and not data.train_query_shots:
@@ -589,7 +569,7 @@ class MetaLearner(L.LightningModule):
             if stage == "fit":
                 tell_of_validation(self.trainer)
                 data.check_processes(self.trainer.world_size)
-            data.check_memory(["train", "val"] if stage == "fit" else [split], self.meta_iterations_per_step)
+            data.check_memory(["train", "val"] if stage == "fit" else [split])
             # The first use of the network, on two tasks: what does not fit is found here.
             episode = data.episodes(split, torch.arange(2)).check()
             same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}

@@ -94,6 +94,14 @@ def check_epochs(trainer: Any) -> None:
         )
 
 
+def total_steps(trainer: L.Trainer) -> int:
+    """The meta-iterations of a run, by `max_steps` or else by epochs of limited length; -1 where neither ends it."""
+    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
+    if trainer.max_steps >= 0 or not isinstance(limit, int) or not epochs or epochs < 0:
+        return trainer.max_steps
+    return epochs * limit
+
+
 def tell_of_validation(trainer: Any) -> None:
     """Say where validation waits for the end of an epoch that has none."""
     by_epoch = getattr(trainer, "val_check_interval", None) == 1.0 and trainer.check_val_every_n_epoch is not None

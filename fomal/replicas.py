@@ -24,7 +24,6 @@ from fomal.output import rank_zero_warn
 from fomal.preflight import check_epochs, check_outer_step
 from fomal.restoring import check_module, misfits
 from fomal.schema import CHECKPOINT_FORMAT, check_checkpoint
-from fomal.trainer_steps import one_by_one
 from fomal.trust import check_states
 from fomal.watch import LOOK_EVERY, Watch, nonfinite, refuse_nonfinite_state, refuse_nonfinite_weights
 
@@ -35,7 +34,6 @@ SAME = (
     "inner_state",
     "eval_inner_steps",
     "eval_inner_batch_size",
-    "meta_iterations_per_step",
 )
 
 
@@ -67,7 +65,6 @@ class Replicas(L.LightningModule):
         for learner in learners[1:]:
             learner.objective, learner.chunks = first.objective, first.chunks  # what is settled once holds for all
         self.learners = nn.ModuleList(learners)
-        self.meta_iterations_per_step = first.meta_iterations_per_step
         self.watch = Watch()
         self.config: dict[str, Any] = {}
         self.figures: list[dict[str, Any]] = [{} for _ in learners]
@@ -85,12 +82,8 @@ class Replicas(L.LightningModule):
 
     # -- training
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One meta-iteration of each replica, or those of a chunk."""
-        for part in one_by_one(self.trainer, batch, self.watch):
-            self._meta_iteration(part)
-
-    def _meta_iteration(self, batch: tuple[Episode, ...]) -> None:
+    def training_step(self, batch: tuple[Episode, ...], batch_idx: int) -> None:
+        """One meta-iteration of each replica."""
         learners = list(self)
         learners[0].seed_for(batch[0].seed + self.global_step * self.trainer.world_size + self.global_rank)
         loops = [learner.inner_loop(episode, training=True) for learner, episode in zip(learners, batch, strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fomal import __version__
+from fomal.moved import current
 from fomal.output import shown
 
 CHECKPOINT_FORMAT = 1
@@ -35,6 +36,8 @@ class Mismatch(ValueError):
 def check_checkpoint(content: Any, path: str | Path) -> None:
     """Check the entries of a checkpoint that fomal and Lightning read, and their kinds.
 
+    Settings that had other names in earlier versions get those of today, in place (see `fomal.moved`).
+
     Those that belong to a network or an optimiser are compared with it when it is there, see `fomal.restoring`.
 
     Args:
@@ -52,6 +55,7 @@ def check_checkpoint(content: Any, path: str | Path) -> None:
     own = content["fomal"]
     for part in [own, *_replicas(own)]:
         _refuse_newer(part, CHECKPOINT_FORMAT, path)
+        _rename(part)
     try:
         _CHECKPOINT(content, "")
         _check_steps(content)
@@ -122,6 +126,15 @@ def _refuse_newer(part: Any, known: int, path: str | Path) -> None:
             f"{path} has format {_said(number)}, and this version of fomal, {__version__}, reads formats up to "
             f"{known}: install a newer fomal, or use a file that this one has written."
         )
+
+
+def _rename(part: Any) -> None:
+    """Give the configuration and the settings of an older checkpoint the names of today, in place."""
+    config, settings = (part.get(name) if isinstance(part, dict) else None for name in ("config", "settings"))
+    if isinstance(config, dict):
+        part["config"] = current(config)
+    if isinstance(settings, dict):
+        part["settings"] = current({"model": settings})["model"]
 
 
 def _replicas(own: Any) -> list[Any]:

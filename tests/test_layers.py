@@ -16,14 +16,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of the lines above; a folder stands for all its files, which may import each other.
 LAYERS = [
     {""},  # the package itself, which imports nothing
-    {"output"},
+    {"moved", "output"},
     {"checks", "files", "fingerprint", "random", "schema", "signals", "terminal", "tree", "trust", "versions", "watch"},
     {"checkpoints", "distributed", "loggers"},
     {"metrics"},
     {"data", "models"},
     {"inner"},
     {"memory", "outer"},
-    {"evaluation", "meta_iteration", "preflight", "restoring", "trainer_steps"},
+    {"evaluation", "meta_iteration", "preflight", "restoring"},
     {"captured"},
     {"analysis"},
     {"learner"},

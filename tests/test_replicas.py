@@ -201,11 +201,10 @@ def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path)
 @pytest.mark.parametrize(
     ("model", "data"),
     [
-        ({"meta_iterations_per_step": 2}, {}),
         ({"tasks_per_chunk": 2}, {}),
         ({"tasks_per_chunk": 3, "inner_state": "reset"}, {}),
         ({"vectorize": False}, {}),
-        ({"meta_iterations_per_step": 2}, {"num_workers": 2}),
+        ({}, {"num_workers": 2}),
     ],
 )
 def test_how_it_is_computed_does_not_matter(model: dict[str, Any], data: dict[str, Any], tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         close(results, results_one, 1e-6)
 
 
-def test_pinned_tasks_of_all_replicas_stay_apart_from_a_chunk() -> None:
+def test_pinned_tasks_of_all_replicas_are_a_tuple() -> None:
     data = ReplicatedDataModule(blobs(), SEEDS)
     data.setup("fit")
     batch = data.episodes("train", torch.arange(4))
@@ -247,6 +246,3 @@ def test_pinned_tasks_of_all_replicas_stay_apart_from_a_chunk() -> None:
         assert isinstance(found, tuple)
         assert [episode.seed for episode in found] == list(SEEDS)
         assert found[0].support_x.is_floating_point()
-    chunk = data.on_after_batch_transfer([list(batch), list(batch)], 0)
-    assert isinstance(chunk, list)
-    assert all(isinstance(part, tuple) for part in chunk)

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from fomal.adaptation import adapt
 from fomal.build import replica_configs
 from fomal.cli import main, run
 from fomal.plots.runs import find_runs
 from tests.sine import tiny_model
-from tests.test_meta_iterations_per_step import Terminate
 from tests.test_resume import same
 
 Fails = Callable[..., str]
 STEPS = 23
 QUIET = "--trainer.enable_progress_bar=false"
+
+
+class Terminate(Callback):
+    """Sends this process SIGTERM within a meta-iteration."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def config(folder: Path, **changes: Any) -> str:

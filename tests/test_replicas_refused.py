@@ -96,7 +96,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "inner_state": "reset",
         "eval_inner_steps": 3,
         "eval_inner_batch_size": 4,
-        "meta_iterations_per_step": 2,
     }.items()
 }
 

@@ -17,10 +17,7 @@ from fomal.trust import Trust
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkpoint it finds itself
 
 # Settings that may differ from the checkpoint's: they change neither the weights nor which classes are tested.
-FREE_TO_RESUME = {
-    *("data.root", "data.cache_dir", "data.num_workers", "data.download"),
-    "model.meta_iterations_per_step",
-}
+FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download"}
 FREE_TO_EVALUATE = {"model.eval_inner_steps", "model.eval_inner_batch_size", "model.vectorize"}
 # Data settings that may not, beside the data's own `partition_settings`: the head has so many ways. Other data may be
 # tested on, which is what their class says.

@@ -42,11 +42,11 @@ from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import in_company, launched_processes, meet_first
 from fomal.files import atomic_replace
 from fomal.learner import MetaLearner
+from fomal.moved import refusal
 from fomal.output import say, tell
 from fomal.preflight import check_epochs, check_outer_step, check_precision
 from fomal.replicas import Replicas
 from fomal.terminal import calm_lightning
-from fomal.trainer_steps import check_intervals
 from fomal.trust import Trust
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`, and
@@ -205,6 +205,8 @@ class FomalCLI(LightningCLI):
         prints = [arg for arg in rest if arg.partition("=")[0] == "--print_config"]
         rest = with_config_paths([arg for arg in rest if arg not in prints])
         given = Given(rest)
+        if moved := refusal(given.values):
+            raise UsageError(f"{moved}.")
         self.config = self._parse_with_checkpoint(rest, given, Trust(trusted, set(strings(given.values))))
         links.refuse_contradictions(self.config[self.verb], given)
         if prints:
@@ -338,7 +340,6 @@ class FomalCLI(LightningCLI):
             self.datamodule.check_processes(launched_processes()[1])  # before they look for each other
             check_outer_step(self.trainer)
             check_epochs(self.trainer)
-            check_intervals(self.trainer, self.model.meta_iterations_per_step)  # before data are read
         plain = self._plain(self.config)
         config = {key: plain[key] for key in ("seed_everything", "model", "data", "trainer")}
         if plain.get("replicas") is None:

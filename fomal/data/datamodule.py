@@ -64,7 +64,8 @@ class EpisodeStream(IterableDataset[Episode | Numbers]):
         return vars(self) | {"data": data}
 
     def __iter__(self) -> Iterator[Episode | Numbers]:
-        offset, stride = _worker()
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         batch = self.start + offset
         while self.tasks is None or batch * self.batch < self.tasks:
             number = self.numbers(batch)
@@ -78,25 +79,6 @@ class EpisodeStream(IterableDataset[Episode | Numbers]):
         if self.tasks is not None:
             number = number[number < self.tasks]
         return number[number % self.world == self.rank]
-
-
-class ChunkStream(IterableDataset[list[Episode | Numbers]]):
-    """The meta-batches of an endless stream in chunks of `size`, cut before the multiples of `size`.
-
-    The first is shorter where the stream starts within one. Loader worker j of J yields chunks j, j + J, ...
-    """
-
-    def __init__(self, stream: EpisodeStream, size: int) -> None:
-        self.stream, self.size = stream, size
-
-    def __iter__(self) -> Iterator[list[Episode | Numbers]]:
-        stream, size = self.stream, self.size
-        offset, stride = _worker()
-        chunk = stream.start // size + offset
-        while True:
-            batches = range(max(stream.start, chunk * size), (chunk + 1) * size)
-            yield [stream.data.batch(stream.split, stream.numbers(batch)) for batch in batches]
-            chunk += stride
 
 
 class EpisodeLoader:
@@ -127,12 +109,6 @@ class EpisodeLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-
-
-def _worker() -> tuple[int, int]:
-    """The number of this loader worker, and how many there are."""
-    worker = get_worker_info()
-    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 class EpisodeDataModule(L.LightningDataModule):
@@ -266,13 +242,8 @@ class EpisodeDataModule(L.LightningDataModule):
                 f"or another number of devices."
             )
 
-    def check_memory(self, splits: Iterable[str], meta_iterations: int = 1) -> None:
-        """Raise ValueError where the tasks that are drawn at once do not fit the machine's memory.
-
-        Args:
-            splits: of the tasks.
-            meta_iterations: whose training tasks are drawn at once.
-        """
+    def check_memory(self, splits: Iterable[str]) -> None:
+        """Raise ValueError where the tasks of these splits that are drawn at once do not fit the machine's memory."""
         for split in splits:
             names = ("shots", "query_shots", "eval_tasks_per_batch")
             if split == "train":
@@ -282,15 +253,14 @@ class EpisodeDataModule(L.LightningDataModule):
             known = self.network_sizes()
             if "ways" in known:
                 sizes = {"data.ways": known["ways"]} | sizes
-            tasks *= meta_iterations if split == "train" else 1
             values = tasks * known.get("ways", 1) * (support + query) * known.get("in_features", 1)
             fits_memory(f"a batch of the {split} split", values, 4, **sizes)
 
     def train_dataloader(self) -> EpisodeLoader:
         """Endless; each pass begins at the trainer's present meta-iteration, so that resuming equals not stopping.
 
-        Yields an Episode for each meta-iteration, or lists of them where the model takes several at a time. With the
-        trainer's `overfit_batches` each epoch has the same meta-batches.
+        Yields an Episode for each meta-iteration. With the trainer's `overfit_batches` each epoch has the same
+        meta-batches.
         """
         self.check_processes(self.rank_and_world()[1])
         return EpisodeLoader(self._training_pass)
@@ -298,9 +268,7 @@ class EpisodeDataModule(L.LightningDataModule):
     def _training_pass(self) -> DataLoader[Any]:
         start = self.trainer.global_step if self.trainer else 0
         repeated = int(getattr(self.trainer, "overfit_batches", 0))
-        size = getattr(self.trainer.lightning_module, "meta_iterations_per_step", 1) if self.trainer else 1
-        stream = EpisodeStream(self, "train", self.meta_batch_size, start % repeated if repeated else start)
-        return self._loader(stream if size == 1 else ChunkStream(stream, size))
+        return self._loader(EpisodeStream(self, "train", self.meta_batch_size, start % repeated if repeated else start))
 
     def val_dataloader(self) -> EpisodeLoader:
         """The first `val_tasks` tasks of the validation stream."""
@@ -318,12 +286,8 @@ class EpisodeDataModule(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode: ...
     @overload
     def on_after_batch_transfer(self, batch: Numbers, dataloader_idx: int) -> Episode | Numbers: ...
-    @overload
-    def on_after_batch_transfer(self, batch: list[Any], dataloader_idx: int) -> list[Any]: ...
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw and preprocess on the device."""
-        if isinstance(batch, list):  # a chunk
-            return [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
         if isinstance(batch, Episode):
             return self.preprocessed(batch)
         return batch if self.keeps_numbers else self.draw(batch)
@@ -332,7 +296,7 @@ class EpisodeDataModule(L.LightningDataModule):
         stream = EpisodeStream(self, split, self.eval_tasks_per_batch, tasks=tasks)
         return EpisodeLoader(partial(self._loader, stream), len(stream))
 
-    def _loader(self, stream: IterableDataset[Any]) -> DataLoader[Any]:
+    def _loader(self, stream: EpisodeStream) -> DataLoader[Any]:
         return DataLoader(
             stream,
             batch_size=None,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fomal.checks import countable
 from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
 from fomal.random import LARGEST_SEED
 
 
@@ -73,7 +72,4 @@ class ReplicatedDataModule(EpisodeDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Preprocess on the device."""
-        if isinstance(batch, Episode):
-            return self.data.on_after_batch_transfer(batch, dataloader_idx)
-        parts = [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
-        return tuple(parts) if isinstance(parts[0], Episode) else parts  # older torch pins tuples as lists
+        return tuple(self.data.on_after_batch_transfer(part, dataloader_idx) for part in batch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fomal.moved import current
 from fomal.plots.curve import Curve, read_curves
 
 # Settings that make no other method: where files are, how it is computed, and the seed.
@@ -100,8 +101,8 @@ def read_run(folder: Path) -> Run:
         ValueError: a file of the run is damaged.
     """
     results = _content(folder / "results.json")
-    settings = flat_settings(_content(folder / "config.yaml"))
-    tested = flat_settings(results.get("config") or {})
+    settings = flat_settings(current(_content(folder / "config.yaml")))
+    tested = flat_settings(current(results.get("config") or {}))
     # A test knows nothing of the trainer that trained, but may be of more shots than the training's validation.
     keep = _TESTED if settings or results.get("meta_iterations") else ("",)
     settings |= {key: value for key, value in tested.items() if key.startswith(keep) or key == "seed_everything"}

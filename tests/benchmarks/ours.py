@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -23,15 +21,13 @@ from fomal.learner import MetaLearner
 from fomal.meta_iteration import meta_gradient
 from tests.benchmarks.works import Work
 
-CHUNK = 10  # meta-iterations per step of the Trainer, where that is more than one
-WARM_UP = 4  # meta-iterations of a training that do not count, or a chunk: they record, compile and capture
+WARM_UP = 4  # meta-iterations of a training that do not count: they record, compile and capture
 
 
 def prepare(work: Work, kind: str, optimizer: str) -> Callable[[], dict[str, Tensor]]:
     """What is timed: see `tests.benchmarks.peers.Peer.prepare`."""
     if kind == "fit":
-        trained = replace(work, per_step=CHUNK if work.run_as == "captured" else 1)
-        return lambda: fit(trained, optimizer)
+        return lambda: fit(work, optimizer)
     learner = work.learner(kind, optimizer)
     run = part(learner, work, kind)
     cast = torch.autocast(work.device, torch.bfloat16) if work.bf16 else nullcontext()
@@ -109,7 +105,7 @@ class Stamps(Callback):
     """Notes when the first meta-iterations, which do not count, and when all are done.
 
     Args:
-        work: says how many there are at a time, and at least how many count.
+        work: says how many count.
 
     Attributes:
         begin: how many do not count.
@@ -118,8 +114,7 @@ class Stamps(Callback):
 
     def __init__(self, work: Work) -> None:
         self.device = work.device
-        self.begin = max(WARM_UP, work.per_step)
-        self.end = self.begin + work.per_step * math.ceil(work.fit_iterations / work.per_step)
+        self.begin, self.end = WARM_UP, WARM_UP + work.fit_iterations
         self.times: dict[int, float] = {}
 
     def note(self, done: int) -> None:
@@ -129,7 +124,7 @@ class Stamps(Callback):
             self.times[done] = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """A chunk is done."""
+        """A meta-iteration is done."""
         self.note(trainer.global_step)
 
     def seconds(self) -> float:

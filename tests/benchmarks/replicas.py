@@ -29,7 +29,7 @@ from tests.benchmarks.works import Work
 def rows(work: Work, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One for each way to run."""
     for run_as in given.run_as:
-        made = replace(work, run_as=run_as, per_step=ours.CHUNK if work.device == "cuda" else 1)
+        made = replace(work, run_as=run_as)
         row = {"work": work.name, "rule": "replicas", "as": run_as, "replicas": given.replicas}
         yield attempt(row, made, "replicas", partial(ratios, made, given.replicas, given.rounds))
 

@@ -8,7 +8,7 @@ from typing import Any
 HEAD = ("work", "rule", "as", "inner", "peer", "fomal ms", "peer ms", "peer / fomal", "GFLOP/s", "of peak", "tasks/s")
 PARTS: dict[str, tuple[str, ...]] = {
     "precision": ("work", "rule", "as", "apart", "bf16 ms", "32-bit ms", "32-bit / bf16", "loop / bf16"),
-    "trainer": ("work", "as", "per step", "fit ms", "bare ms", "Trainer's share"),
+    "trainer": ("work", "as", "fit ms", "bare ms", "Trainer's share"),
     "replicas": ("work", "as", "replicas", "joint ms", "one ms", "joint / one", "one by one / joint"),
     "memory": ("work", "rule", "as", "5 steps MiB", "50 steps MiB"),
 }
@@ -44,7 +44,7 @@ def named(row: dict[str, Any]) -> str:
     return ", ".join(str(row[name]) for name in NAMES if name in row)
 
 
-NAMES = ("work", "rule", "as", "precision", "peer", "meta_iterations_per_step", "replicas", "outer_rule")
+NAMES = ("work", "rule", "as", "precision", "peer", "replicas", "outer_rule")
 
 
 def of_pair(row: dict[str, Any]) -> tuple[str, ...]:
@@ -75,7 +75,6 @@ def of_trainer(row: dict[str, Any]) -> tuple[str, ...]:
     share = [f"{100 * row['share'][name]:.1f} %" for name in ("median", "low", "high")]
     return (
         *(row[name] for name in ("work", "as")),
-        str(row["meta_iterations_per_step"]),
         *(ranged(row[name], 1e3) for name in ("fit_seconds", "bare_seconds")),
         f"{share[0]} ({share[1]} to {share[2]})",
     )

@@ -69,12 +69,11 @@ class Training:
 
 
 def rows(work: Work, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One for each way to run, and for one and for several meta-iterations per step."""
+    """One for each way to run."""
     for run_as in given.run_as:
-        for per_step in (1, ours.CHUNK):
-            made = replace(work, run_as=run_as, per_step=per_step)
-            row = {"work": work.name, "rule": "trainer", "as": run_as, "meta_iterations_per_step": per_step}
-            yield attempt(row, made, "trainer", partial(share, made, given.rounds))
+        made = replace(work, run_as=run_as)
+        row = {"work": work.name, "rule": "trainer", "as": run_as}
+        yield attempt(row, made, "trainer", partial(share, made, given.rounds))
 
 
 def share(work: Work, rounds: int) -> dict[str, Any]:

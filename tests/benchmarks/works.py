@@ -73,7 +73,6 @@ class Work:
         sgd_lr: step size of SGD.
         run_as: how fomal runs.
         bf16: whether fomal runs under autocast to bfloat16.
-        per_step: meta-iterations per step of the Trainer.
     """
 
     name: str
@@ -90,7 +89,6 @@ class Work:
     dtype: torch.dtype = torch.float32
     run_as: str = "recorded"
     bf16: bool = False
-    per_step: int = 1
 
     @cached_property
     def data(self) -> EpisodeDataModule:
@@ -138,7 +136,6 @@ class Work:
             inner_state="reset",  # a peer has no other
             eval_inner_steps=self.eval_inner_steps,
             eval_inner_batch_size=self.eval_inner_batch_size,
-            meta_iterations_per_step=self.per_step,
             **RUN_AS[self.run_as],
         )
 
