@@ -7,12 +7,11 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from fomal.checks import first_line, positive
 from fomal.distributed import processes
-from fomal.inner.rollout import InnerLoop
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +29,31 @@ SHARE = 0.5
 MIB = 2**20
 
 R = TypeVar("R")
+
+
+class Tasks(Protocol):
+    """Work on several tasks, which may be done on some of them at a time."""
+
+    @property
+    def tasks(self) -> int:
+        """How many there are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+
+    @property
+    def signature(self) -> Hashable:
+        """What the memory of one task depends on."""
+
+    def only(self, tasks: slice) -> Self:
+        """The work on the tasks of the given places alone."""
+
+    def sample(self, steps: int | None) -> Self:
+        """The work on the first task, as it is written; with `steps`, of so many steps alone."""
+
+
+T = TypeVar("T", bound=Tasks)
 
 
 class Chunks:
@@ -48,39 +71,31 @@ class Chunks:
         if given is not None:
             positive(tasks_per_chunk=given)
         self.given = given
-        self._fitting: dict[tuple[Any, ...], int] = {}
+        self._fitting: dict[Hashable, int] = {}
         self._said: set[str] = set()
 
-    def each(
-        self, kind: str, inner: InnerLoop, run: Callable[[InnerLoop], R], steps: int | None = None
-    ) -> Iterator[tuple[R, float]]:
+    def each(self, kind: str, work: T, run: Callable[[T], R], steps: int | None = None) -> Iterator[tuple[R, float]]:
         """Run consecutive chunks of the tasks.
 
         Args:
             kind: what the tasks are for, in a word.
-            inner: the inner loops of all tasks.
+            work: on all tasks.
             run: what to do with those of a chunk.
-            steps: how many inner steps show the memory of a task; None: all.
+            steps: how many of its steps show the memory of a task; None: all.
 
         Returns:
-            What `run` returns, and the chunk's share of the tasks. A chunk of all tasks is `inner` itself.
+            What `run` returns, and the chunk's share of the tasks. A chunk of all tasks is `work` itself.
 
         Raises:
             torch.OutOfMemoryError: a chunk does not fit, and may not be made smaller.
         """
-        tasks, begin = inner.tasks, 0
-        key = (
-            kind,
-            inner.replicas,
-            inner.episode.support_x.shape[1:],
-            inner.episode.query_x.shape[1:],
-            len(inner.plan),
-        )
+        tasks, begin = work.tasks, 0
+        key = kind, work.signature
         if key not in self._fitting:
-            self._fitting[key] = self.given or self._choose(kind, inner, run, steps)
+            self._fitting[key] = self.given or self._choose(kind, work, run, steps)
         while begin < tasks:
             size = min(self._fitting[key], tasks - begin)
-            found = self._attempt(run, inner if size == tasks else inner.only(slice(begin, begin + size)))
+            found = self._attempt(run, work if size == tasks else work.only(slice(begin, begin + size)))
             if found is None:
                 self._fitting[key] = size // 2
                 log.warning("%d %s tasks at a time do not fit into memory: going on with %d", size, kind, size // 2)
@@ -88,11 +103,11 @@ class Chunks:
             begin += size
             yield found, size / tasks
 
-    def _choose(self, kind: str, inner: InnerLoop, run: Callable[[InnerLoop], R], steps: int | None) -> int:
-        tasks, free = inner.tasks, free_bytes(inner.episode.support_x.device)
+    def _choose(self, kind: str, work: T, run: Callable[[T], R], steps: int | None) -> int:
+        tasks, free = work.tasks, free_bytes(work.device)
         if free == math.inf:
             return sys.maxsize
-        needed = self._attempt(lambda one: task_bytes(one, run, steps), inner.only(slice(0, 1))) or 1
+        needed = self._attempt(lambda one: task_bytes(one, run, steps), work.only(slice(0, 1))) or 1
         fitting = int(max(1, SHARE * free // needed))
         if fitting < tasks and kind not in self._said:
             self._said.add(kind)
@@ -103,11 +118,11 @@ class Chunks:
             )
         return fitting
 
-    def _attempt(self, run: Callable[[InnerLoop], R], inner: InnerLoop) -> R | None:
+    def _attempt(self, run: Callable[[T], R], work: T) -> R | None:
         """What `run` returns; None where it is to be tried with fewer tasks."""
-        tasks = inner.tasks
+        tasks = work.tasks
         try:
-            return run(inner)
+            return run(work)
         except torch.OutOfMemoryError as error:
             if tasks == 1:
                 remedy = "one task alone does not fit: adapt with smaller mini-batches, fewer examples or a smaller "
@@ -119,25 +134,23 @@ class Chunks:
             if remedy:
                 raise torch.OutOfMemoryError(f"{remedy}. ({first_line(error)})") from error
         # Outside of the handler, which keeps what failed alive.
-        if inner.episode.support_x.is_cuda:
+        if work.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
 
-def task_bytes(inner: InnerLoop, run: Callable[[InnerLoop], object], steps: int | None = None) -> int:
+def task_bytes(work: T, run: Callable[[T], object], steps: int | None = None) -> int:
     """The memory that `run` takes for the first task alone, beyond what is there before; leaves random states alone.
 
     T tasks take T times as much or less: what does not grow with them is counted too. Steps are run as they are
     written, not recorded for the shape of one task.
 
     Args:
-        inner: the inner loops.
+        work: on the tasks.
         run: what to do with them.
-        steps: run so many inner steps alone.
+        steps: run so many steps alone.
     """
-    one = inner.only(slice(0, 1))
-    one = replace(one, plan=one.plan[:steps], objective=one.objective.as_written())
-    device = inner.episode.support_x.device
+    one, device = work.sample(steps), work.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         return peak_bytes(lambda: run(one))
 
@@ -181,14 +194,17 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that this process may still take on `device`; infinite where it is not known."""
+    """Memory that this process may still take on `device`; infinite where it is not known.
+
+    A container's own limit is not looked at: where it is below the machine's memory, choose `tasks_per_chunk`.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type != "cpu":
         return math.inf
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
-    return min(_system_bytes(Path("/")), _cgroup_bytes(Path("/"))) / here
+    return _system_bytes(Path("/")) / here
 
 
 def _system_bytes(root: Path) -> float:
@@ -197,30 +213,4 @@ def _system_bytes(root: Path) -> float:
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024.0
-    return math.inf
-
-
-def _cgroup_bytes(root: Path) -> float:
-    """What this process's control groups (of either version) and those above them leave."""
-    left = [math.inf]
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            mount = root / "sys/fs/cgroup" / controllers
-            # Inside a container the path may be that on the host, and the mount itself is the container's group.
-            below = Path(*(part for part in Path(path).parts[1:] if part != ".."))
-            left += [_left(mount / part, controllers == "memory") for part in (below, *below.parents)]
-    return min(left)
-
-
-def _left(group: Path, first_version: bool) -> float:
-    """The limit of a control group less its usage, in which the files that the kernel can drop do not count."""
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first_version else ("memory.max", "memory.current")
-    with suppress(OSError, ValueError):  # no such group, or "max"
-        limit, used = (int((group / name).read_text()) for name in names)
-        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        prefix = "total_" if first_version else ""
-        return float(limit - used + sum(int(files.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")))
     return math.inf

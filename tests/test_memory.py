@@ -238,45 +238,13 @@ def test_a_chunk_has_a_task() -> None:
         sine_learner(tasks_per_chunk=0)
 
 
-def group(root: Path, path: str, **files: int | str) -> None:
-    """Files of a control group; the names' underscores after the first word stand for dots."""
-    folder = root / "sys/fs/cgroup" / path
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in files.items():
-        (folder / name.replace("memory_", "memory.", 1)).write_text(f"{value}")
-
-
-def processes_groups(root: Path, text: str) -> None:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(text)
-
-
-def test_a_control_group_leaves_its_limit_less_what_the_kernel_cannot_drop(tmp_path: Path) -> None:
-    processes_groups(tmp_path, "0::/job/step\n")
-    stat = "anon 500\nactive_file 30\ninactive_file 40\n"
-    group(tmp_path, "", memory_stat=stat)  # the root group has no limit
-    group(tmp_path, "job", memory_max=1000, memory_current=700, memory_stat=stat)
-    group(tmp_path, "job/step", memory_max="max", memory_current=600, memory_stat=stat)
-    assert memory._cgroup_bytes(tmp_path) == 1000 - 700 + 70
-    group(tmp_path, "job/step", memory_max=650)
-    assert memory._cgroup_bytes(tmp_path) == 650 - 600 + 70
-
-
-def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
-    processes_groups(tmp_path, "5:devices:/x\n4:memory:/docker/0123\n0::/\n")
-    stat = "total_active_file 1\ntotal_inactive_file 2\ninactive_file 1000\n"
-    group(tmp_path, "memory", memory_limit_in_bytes=500, memory_usage_in_bytes=100, memory_stat=stat)
-    assert memory._cgroup_bytes(tmp_path) == 500 - 100 + 3
-
-
 def test_without_linux_no_limit_is_known(tmp_path: Path) -> None:
-    assert memory._cgroup_bytes(tmp_path) == memory._system_bytes(tmp_path) == float("inf")
+    assert memory._system_bytes(tmp_path) == float("inf")
     assert free_bytes(torch.device("meta")) == float("inf")
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_system_bytes", lambda root: 800.0)
-    monkeypatch.setattr(memory, "_cgroup_bytes", lambda root: 600.0)
-    assert free_bytes(torch.device("cpu")) == 600
+    assert free_bytes(torch.device("cpu")) == 800
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_bytes(torch.device("cpu")) == 150
+    assert free_bytes(torch.device("cpu")) == 200

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -108,6 +108,22 @@ class InnerLoop:
     def tasks(self) -> int:
         """The tasks of each run."""
         return self.episode.tasks // (self.replicas or 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tasks are."""
+        return self.episode.support_x.device
+
+    @property
+    def signature(self) -> Hashable:
+        """What the memory that a task takes depends on: shapes of its examples, and the number of steps."""
+        shapes = self.episode.support_x.shape[1:], self.episode.query_x.shape[1:]
+        return self.replicas, shapes, len(self.plan)
+
+    def sample(self, steps: int | None) -> InnerLoop:
+        """The first task's inner loop, of each run, not traced; with `steps`, so many of its steps."""
+        one = self.only(slice(0, 1))
+        return replace(one, plan=one.plan[:steps], objective=one.objective.as_written())
 
     def only(self, tasks: Tensor | slice) -> InnerLoop:
         """The inner loops of the tasks of the given places alone, of each run."""
