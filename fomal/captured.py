@@ -1,4 +1,4 @@
-"""The device's part of a meta-iteration, captured once as a CUDA graph and replayed."""
+"""Work on a device, captured once as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch import Tensor
 
 from fomal.checks import first_line
-from fomal.data.episode import Episode, Numbers
-from fomal.inner.optimizer import SHARED, State
 from fomal.inner.recorded import NARROW_TOLERANCE, WIDE_TOLERANCE
-from fomal.meta_iteration import MetaGradient
-from fomal.tree import Tree, difference
+from fomal.pytree import flatten, parts, signature, skeleton, unflatten
+from fomal.tree import difference
 
 log = logging.getLogger(__name__)
 
-Inputs = tuple[Episode | Numbers, Tree, State]
 Replay = Callable[[], Sequence[Tensor]]
 Function = Callable[[list[Tensor]], list[Tensor]]
 Capture = Callable[[Function, list[Tensor]], Replay]
@@ -85,19 +81,19 @@ class _Graph:
     signature: Any
     buffers: list[Tensor]
     replay: Replay
-    form: TreeSpec
+    form: Any
 
     @torch.no_grad()
-    def __call__(self, tensors: Sequence[Tensor]) -> MetaGradient:
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
         _copy(self.buffers, tensors)
         outputs = self.replay()
         own = [torch.empty_like(t) for t in outputs]  # the next replay writes over `outputs`
         _copy(own, outputs)
-        return tree_unflatten(own, self.form)  # type: ignore[no-any-return]
+        return unflatten(self.form, own)
 
 
-class CapturedGradient:
-    """A function from a meta-batch, the initialisation and the carried state to the meta-gradient, captured.
+class Captured:
+    """A function of tensors in nested dicts and tuples, captured.
 
     One graph is captured for each signature: names, shapes, dtypes, autocast, and all that is no tensor. It is proven
     at its first use: on the inputs at hand, and on others in place of every one of them, a replay must give what the
@@ -106,7 +102,9 @@ class CapturedGradient:
 
     Args:
         function: of tensors alone; what else it depends on is in `settings`, and does not change in place.
-        network: what it runs, for the message.
+        vary: other inputs in place of given ones, with other values of every tensor that the result depends on: what a
+            capture holds on to shows with them.
+        name: of the function, for the message.
         settings: returns the values of the host that `function` depends on.
         capture: how to capture.
 
@@ -115,131 +113,84 @@ class CapturedGradient:
     """
 
     def __init__(
-        self, function: Callable[..., MetaGradient], network: nn.Module, settings: Callable[[], Any], capture: Capture
+        self,
+        function: Callable[..., Any],
+        vary: Callable[..., tuple[Any, ...]],
+        name: str,
+        settings: Callable[[], Any],
+        capture: Capture,
     ) -> None:
-        self.function, self.network, self.settings, self.capture = function, network, settings, capture
+        self.function, self.vary, self.name, self.settings, self.capture = function, vary, name, settings, capture
         self.reason = ""
         self._graphs: list[_Graph] = []
 
-    def __call__(self, batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
-        """The meta-gradient of a meta-batch from the initialisation `phi` and the carried inner state."""
-        inputs = (batch, phi, state)
+    def __call__(self, *inputs: Any) -> Any:
+        """The function's result."""
         if self.reason:
             return self.function(*inputs)
-        tensors = _tensors(inputs)
-        signature = (_signature(inputs, tensors), self.settings())
+        tensors, form = flatten(inputs)
+        key = (form, signature(tensors), torch.is_grad_enabled(), self.settings())
         for graph in self._graphs:
-            if graph.signature == signature:
+            if graph.signature == key:
                 return graph(tensors)
-        return self._first(inputs, signature)
+        return self._first(inputs, key)
 
     def forget(self) -> None:
         """Free the graphs and their memory."""
         self._graphs = []
 
-    def _first(self, inputs: Inputs, signature: Any) -> MetaGradient:
+    def _first(self, inputs: tuple[Any, ...], key: Any) -> Any:
         """The plain result; then capture and prove."""
-        device = inputs[0].number.device
+        device = flatten(inputs)[0][0].device
         before = _generators(device)
-        found = self._known_finite(inputs)
-        if not found.is_finite():
+        found = self.function(*inputs)
+        if not all(t.isfinite().all() for t in flatten(found)[0]):
             return found  # there is nothing to compare
         if _generators(device) != before:
             reason = "it draws random numbers from torch's generator, as dropout does"
         elif len(self._graphs) == MOST:
-            reason = f"it is given more than {MOST} kinds of meta-batches"
+            reason = f"it is given more than {MOST} kinds of inputs"
         else:
-            reason = self._try(inputs, signature)
+            reason = self._try(inputs, key)
         if reason:
             self.reason = reason
             self.forget()
-            log.warning("Meta-iterations of %s are not captured: %s", type(self.network).__name__, reason)
+            log.warning("%s are not captured: %s", self.name, reason)
         return found
 
-    def _try(self, inputs: Inputs, signature: Any) -> str:
+    def _try(self, inputs: tuple[Any, ...], key: Any) -> str:
         """Capture; why that cannot be used, or nothing."""
         try:
-            graph = self._captured(inputs, signature)
-            reason = self._wrong(graph, inputs) or self._wrong(graph, another(inputs))
+            graph = self._captured(inputs, key)
+            reason = self._wrong(graph, inputs) or self._wrong(graph, self.vary(*inputs))
         except Exception as error:  # capturing raises many kinds, and users' modules any
             return first_line(error.__context__ or error)  # ending a capture fails too, after what spoilt it
         if not reason:
             self._graphs.append(graph)
         return reason
 
-    def _captured(self, inputs: Inputs, signature: Any) -> _Graph:
-        buffers = [t.detach().clone() for t in _tensors(inputs)]
-        forms = []
+    def _captured(self, inputs: tuple[Any, ...], key: Any) -> _Graph:
+        buffers = [t.detach().clone() for t in flatten(inputs)[0]]
+        results = []  # for their form
 
         def flat(tensors: list[Tensor]) -> list[Tensor]:
-            leaves, form = tree_flatten(self._known_finite(_with_tensors(inputs, tensors)))
-            forms.append(form)
-            return leaves
+            results.append(skeleton(found := self.function(*unflatten(inputs, tensors))))
+            return flatten(found)[0]
 
         with _no_cast_kept():
             replay = self.capture(flat, buffers)
-        return _Graph(signature, buffers, replay, forms[-1])
+        return _Graph(key, buffers, replay, results[-1])
 
-    def _known_finite(self, inputs: Inputs) -> MetaGradient:
-        found = self.function(*inputs)
-        return found._replace(finite=found.is_finite())
-
-    def _wrong(self, graph: _Graph, inputs: Inputs) -> str:
+    def _wrong(self, graph: _Graph, inputs: tuple[Any, ...]) -> str:
         """How a replay differs from the plain result, in words; empty where it equals it up to rounding."""
-        results = graph(_tensors(inputs)), self.function(*inputs), self.function(*inputs)
-        parts = (_parts(result) for result in results)
-        for found, expected, again in zip(*parts, strict=True):
+        results = graph(flatten(inputs)[0]), self.function(*inputs), self.function(*inputs)
+        for found, expected, again in zip(*map(parts, results), strict=True):
             error, scale = difference(found, expected)
             tolerance = TOLERANCE.get(next(iter(expected.values())).dtype, 0.1) * scale
             spread = SPREAD * difference(again, expected)[0]
             if not error <= torch.maximum(tolerance, torch.minimum(spread, 0.1 * scale)):
                 return f"a replay is off by {error / scale:.1e} of the result's norm"
         return ""
-
-
-def another(inputs: Inputs) -> Inputs:
-    """Other values of every tensor that a meta-gradient depends on: what a capture holds on to shows with them."""
-    batch, phi, state = inputs
-    if isinstance(batch, Episode):
-        batch = batch.map(lambda t: 0.9 * t if t.is_floating_point() else t)
-    batch = batch._replace(number=batch.number + 1000)
-    state = {
-        part: {name: t + 3 if part == SHARED else 0.9 * t + 0.01 for name, t in values.items()}
-        for part, values in state.items()
-    }
-    return batch, {name: 0.9 * p + 0.01 for name, p in phi.items()}, state
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    batch, phi, state = inputs
-    of_batch = [value for value in batch if isinstance(value, Tensor)]
-    return [*of_batch, *phi.values(), *(t for values in state.values() for t in values.values())]
-
-
-def _with_tensors(inputs: Inputs, tensors: Sequence[Tensor]) -> Inputs:
-    left = iter(tensors)
-    batch, phi, state = inputs
-    batch = type(batch)._make(next(left) if isinstance(value, Tensor) else value for value in batch)
-    phi = {name: next(left) for name in phi}
-    return batch, phi, {part: {name: next(left) for name in values} for part, values in state.items()}
-
-
-def _signature(inputs: Inputs, tensors: Sequence[Tensor]) -> Any:
-    batch, phi, state = inputs
-    constants = [value for value in batch if not isinstance(value, Tensor)]
-    names = [*phi, *((part, *values) for part, values in state.items())]
-    kind = batch.number.device.type
-    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return type(batch), constants, names, [(t.shape, t.dtype, t.device) for t in tensors], cast, torch.is_grad_enabled()
-
-
-def _parts(found: MetaGradient) -> list[Tree]:
-    """What a meta-gradient says, in parts that are each compared by their own norm."""
-    state = [
-        {name: t if t.is_floating_point() else t.double() for name, t in values.items()}
-        for values in found.state.values()
-    ]
-    return [part for part in (found.gradient, {"": found.losses}, *state) if part]
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

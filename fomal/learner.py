@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fomal import tree
-from fomal.captured import CAPTURES, CapturedGradient
+from fomal.captured import CAPTURES, Capture, Captured
 from fomal.checks import MANY, nonnegative, one_of, positive
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode, Numbers, refuse_others
@@ -32,7 +32,7 @@ from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.inner.recorded import Recorder
 from fomal.inner.rollout import InnerLoop, take
 from fomal.memory import Chunks
-from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient
+from fomal.meta_iteration import MetaGradient, bad_tasks, mean_over_processes, meta_gradient, varied
 from fomal.metrics import TaskMean, merge_over_processes
 from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
@@ -184,7 +184,7 @@ class MetaLearner(L.LightningModule):
         self._take_network()
         self.chunks = Chunks(tasks_per_chunk)
         self.cuda_graph = cuda_graph
-        self.captured: CapturedGradient | None = None
+        self.captured: Captured | None = None
         self.carried: State | None = None
         self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
@@ -319,6 +319,16 @@ class MetaLearner(L.LightningModule):
             assert isinstance(data, EpisodeDataModule)  # no other gives numbers
             batch = data.draw(batch)
         return self.inner_loop(batch, training=True, state=state)
+
+    def capturing(self, function: Callable[..., MetaGradient], capture: Capture) -> Captured:
+        """Capture `gradient_of`, or a function like it; that the values are finite is then found on the device too."""
+
+        def known_finite(batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
+            found = function(batch, phi, state)
+            return found._replace(finite=found.is_finite())
+
+        name = f"Meta-iterations of {type(self.network).__name__}"
+        return Captured(known_finite, varied, name, self._fixed, capture)
 
     def _fixed(self) -> Any:
         """The settings that `gradient_of` depends on."""
@@ -589,8 +599,7 @@ class MetaLearner(L.LightningModule):
         capture = CAPTURES.get(self.device.type) if self.cuda_graph else None
         if self.cuda_graph and capture is None:
             rank_zero_warn(f"cuda_graph=True has no effect on {self.device.type}: meta-iterations run as they are.")
-        args = self.gradient_of, self.network, self._fixed
-        self.captured = None if capture is None else CapturedGradient(*args, capture)
+        self.captured = None if capture is None else self.capturing(self.gradient_of, capture)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, EpisodeDataModule):
             data.keeps_numbers = self.captured is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fomal import tree
+from fomal.data.episode import Episode, Numbers
 from fomal.distributed import processes, sum_over_processes
 from fomal.fingerprint import settings
 from fomal.inner.functional import plain_attention
@@ -96,6 +97,18 @@ def meta_gradient(
     index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
     good = _mean_over_chunks(rule, inner.only(index), start, chunks)
     return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
+
+
+def varied(batch: Episode | Numbers, phi: Tree, state: State) -> tuple[Episode | Numbers, Tree, State]:
+    """Other values of every tensor that a meta-gradient depends on."""
+    if isinstance(batch, Episode):
+        batch = batch.map(lambda t: 0.9 * t if t.is_floating_point() else t)
+    batch = batch._replace(number=batch.number + 1000)
+    state = {
+        part: {name: t + 3 if part == SHARED else 0.9 * t + 0.01 for name, t in values.items()}
+        for part, values in state.items()
+    }
+    return batch, {name: 0.9 * p + 0.01 for name, p in phi.items()}, state
 
 
 def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:

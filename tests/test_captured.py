@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fomal import captured
 from fomal.data import SinusoidDataModule
+from fomal.data.episode import Numbers
 from fomal.data.sampler import SPLITS
 from fomal.inner import SGD, SGLD, Adam
 from fomal.models import MLP
@@ -298,7 +299,7 @@ def test_endless_kinds_of_meta_batches_do_not_fill_the_memory(
         found = fit("sine", Reptile(), SGD(), steps, run={"callbacks": [Every()]}, cuda_graph=True)
     assert counting.captures == captured.MOST
     (line,) = warnings_of(caplog)
-    assert line.endswith("it is given more than 8 kinds of meta-batches")
+    assert line.endswith("it is given more than 8 kinds of inputs")
     assert_same_run(found, fit("sine", Reptile(), SGD(), steps, run={"callbacks": [Every()]}))
 
 
@@ -362,7 +363,7 @@ def test_a_meta_iteration_needs_nothing_of_the_host(
     learner.trainer.datamodule = data
     learner.to("meta")
     number = torch.arange(3, device="meta")
-    batch = captured.Numbers(number, 0, SPLITS.index("train"))
+    batch = Numbers(number, 0, SPLITS.index("train"))
     data.draw(batch)  # moves the images
     state, phi = learner.begun_state(), learner.initialisation()
     learner.objective._order = 2  # settled, as it is before a capture

@@ -19,7 +19,7 @@ LAYERS = [
     {"moved", "output"},
     {"checks", "files", "fingerprint", "random", "schema", "signals", "terminal", "tree", "trust", "versions", "watch"},
     {"checkpoints", "distributed", "loggers"},
-    {"metrics"},
+    {"metrics", "pytree"},
     {"data", "models"},
     {"inner"},
     {"memory", "outer"},

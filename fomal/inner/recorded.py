@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from fomal.checks import first_line
 from fomal.fingerprint import Snapshot, changes
 from fomal.inner.functional import full_precision, helpers, is_short, with_helpers
 from fomal.inner.stacked import StackedOperations
+from fomal.pytree import flatten, signature, skeleton, unflatten
 from fomal.tree import Tree, difference
 
 log = logging.getLogger(__name__)
@@ -97,18 +98,16 @@ class Recorder:
         if not self.is_on:
             return function(*args)
         modes = self._look()
-        leaves: list[Tensor] = []
-        names: list[str] = []
         whole_args = (self._tensors(args), *args)
-        _collect(whole_args, leaves, names)
+        leaves, form = flatten(whole_args)
         if any(_is_transformed(leaf) for leaf in leaves):
             return function(*args)
         leaves = [leaf.contiguous() for leaf in leaves]
-        key = (name, *names, *_signature(leaves), modes, _autocast(leaves))
+        key = (name, *form, *signature(leaves), modes)
         recording = self._recordings.get(key)
         if recording is None:
             try:
-                recording = self._recorded(with_helpers(self.network, function), _like(whole_args, iter(leaves)))
+                recording = self._recorded(with_helpers(self.network, function), unflatten(whole_args, leaves))
             except torch.OutOfMemoryError:  # there may be room for fewer tasks
                 raise
             except Exception as error:  # of the network, of recording, or of the compiler: many kinds
@@ -147,7 +146,7 @@ class Recorder:
             )
         if (hooked := _hooked(self.network)) is not None:
             raise ValueError(f"{hooked or 'the network'} has hooks, which would run once only")
-        leaves = tree_flatten(args)[0]
+        leaves = flatten(args)[0]
         exact = nullcontext() if self.compiled else full_precision(leaves[0].device)  # the compiler keeps to settings
         with torch.random.fork_rng(_cuda_devices(args)), _restored_random_states(), exact:
             before, network, counts = _random_states(), Snapshot(self.network), [*map(changes, leaves)]
@@ -156,10 +155,10 @@ class Recorder:
                 raise ValueError("the network draws random numbers")
             if network.changed(Snapshot(self.network)) or counts != [*map(changes, leaves)]:
                 raise ValueError("its forward changes its own attributes or buffers, as a recording would once only")
-            if not all(t.isfinite().all() for t in tree_flatten(expected)[0]):
+            if not all(t.isfinite().all() for t in flatten(expected)[0]):
                 return None
             if (wide := _wide(function, args)) is not None:
-                _compare(record(function, wide[0])(tree_flatten(wide[0])[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
+                _compare(record(function, wide[0])(flatten(wide[0])[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
             rough = wide or _shaken(function, args)
             recording = record(function, args, self.compiled)
             is_narrow = _is_short(leaves) or is_short(self.network)
@@ -189,12 +188,11 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    leaves, structure = tree_flatten(args)
-    results: list[Any] = []  # for its form
+    leaves, results = flatten(args)[0], []  # the results for their form
 
-    def flat(*leaves: Tensor) -> list[Any]:
-        results.append(tree_map(lambda _: None, found := function(*tree_unflatten(leaves, structure))))
-        return tree_flatten(found)[0]
+    def flat(*leaves: Tensor) -> list[Tensor]:
+        results.append(skeleton(found := function(*unflatten(args, leaves))))
+        return flatten(found)[0]
 
     # One mode for all fake tensors, of which the recorder would otherwise make one for each operation.
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
@@ -204,7 +202,7 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
     join_equals(module)
     run: Function = torch.compile(keep_batch_norm(module), dynamic=False) if compiled else module
 
-    return lambda leaves: _like(results[-1], iter(run(*leaves)))
+    return lambda leaves: unflatten(results[-1], run(*leaves))
 
 
 VIEWS = {
@@ -262,46 +260,9 @@ def _unknown(network: nn.Module) -> str:
     return next((type(m).__name__ for m in network.modules() if type(m).__module__.split(".")[0] not in known), "")
 
 
-# Torch's trees do the same in ten times the time, which shows beside the steps of a small network.
-
-
-def _collect(value: Any, leaves: list[Tensor], names: list[str]) -> None:
-    """The tensors in nested dicts and tuples, in order, and the names in them."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-    elif isinstance(value, dict):
-        names.extend(value)
-        names.append("")  # ends the dict
-        for part in value.values():
-            _collect(part, leaves, names)
-    else:
-        for part in value:
-            _collect(part, leaves, names)
-
-
-def _like(value: Any, leaves: Iterator[Tensor]) -> Any:
-    """The same dicts and tuples with other tensors."""
-    if isinstance(value, dict):
-        return {name: _like(part, leaves) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple([_like(part, leaves) for part in value])
-    return next(leaves)
-
-
-def _signature(leaves: list[Tensor]) -> list[Any]:
-    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-
-
-def _autocast(leaves: list[Tensor]) -> Any:
-    device = leaves[0].device.type
-    if not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-
-
 def _is_short(leaves: list[Tensor]) -> bool:
     """Whether there are 16-bit floating-point numbers in it."""
-    return bool(_autocast(leaves)) or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
+    return bool(signature(leaves[:1])[-1]) or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
 
 
 def _is_transformed(leaf: Tensor) -> bool:
@@ -329,12 +290,12 @@ def _restored_random_states() -> Iterator[None]:
 
 
 def _cuda_devices(args: Any) -> set[torch.device]:
-    return {leaf.device for leaf in tree_flatten(args)[0] if leaf.device.type == "cuda"}
+    return {leaf.device for leaf in flatten(args)[0] if leaf.device.type == "cuda"}
 
 
 def _wide(function: Function, args: Any) -> tuple[Any, Any] | None:
     """Arguments and result in float64; None where they are so, or where parts of the network are not among them."""
-    if not any(leaf.dtype == torch.float32 for leaf in tree_flatten(args)[0]):
+    if not any(leaf.dtype == torch.float32 for leaf in flatten(args)[0]):
         return None
     wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
     try:
@@ -385,7 +346,7 @@ def _errors(found: Tree, expected: Tree) -> list[float]:
 
 def _parts(result: Any) -> list[Tree]:
     parts = result if isinstance(result, tuple) else (result,)
-    leaves = ([t for t in tree_flatten(part)[0] if t.is_floating_point() and t.dim()] for part in parts)
+    leaves = ([t for t in flatten(part)[0] if t.is_floating_point() and t.dim()] for part in parts)
     return [{str(n): t.double() for n, t in enumerate(part)} for part in leaves]
 
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from fomal.captured import CAPTURES, CapturedGradient
+from fomal.captured import CAPTURES
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.evaluation import classify
 from fomal.learner import MetaLearner
@@ -46,7 +46,7 @@ def part(learner: MetaLearner, work: Work, kind: str) -> Callable[[], dict[str, 
     phi = learner.initialisation()
     if work.run_as == "captured":
         episode, state = work.episode(kind), learner.begun_state()
-        learner.captured = captured = capture(learner, learner.gradient_of, work.device)
+        learner.captured = captured = learner.capturing(learner.gradient_of, CAPTURES[work.device])
         return lambda: captured(episode, phi, state).gradient
     inner = learner.inner_loop(work.episode(kind), training=kind != "evaluation")
     if kind == "evaluation":
@@ -57,11 +57,6 @@ def part(learner: MetaLearner, work: Work, kind: str) -> Callable[[], dict[str, 
 
         return evaluate
     return lambda: meta_gradient(learner.rule, inner, phi, skip=False).gradient
-
-
-def capture(learner: MetaLearner, function: Callable[..., Any], device: str) -> CapturedGradient:
-    """As the learner captures through the Trainer."""
-    return CapturedGradient(function, learner.network, learner._fixed, CAPTURES[device])
 
 
 def confirm(learner: MetaLearner, run_as: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from fomal.captured import CAPTURES
 from fomal.data.episode import Episode
 from tests.benchmarks import ours
 from tests.benchmarks.measure import CHECKED_ITERATIONS, PRECISIONS, attempt, difference, in_turn, spread, tolerance
@@ -42,7 +43,7 @@ class Training:
         learner, data, device = self.learner, self.work.data, self.work.device
         gradient = learner.gradient_of
         if learner.cuda_graph:
-            drawn = ours.capture(learner, lambda batch, *of: learner.gradient_of(data.draw(batch), *of), device)
+            drawn = learner.capturing(lambda batch, *of: learner.gradient_of(data.draw(batch), *of), CAPTURES[device])
             gradient = learner.captured = drawn
         optimizer = learner.outer_optimizer(learner.network.parameters())
         schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
