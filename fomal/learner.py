@@ -40,7 +40,7 @@ from fomal.models.usable import refuse_outputs, refuse_unusable
 from fomal.outer.rule import OuterRule
 from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
-from fomal.restoring import check_carried, check_module, check_outer, misfits, weights_dtype
+from fomal.restoring import check_carried, check_module, check_outer, misfits, take_dtypes, take_state
 from fomal.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.tree import Tree
 from fomal.trust import check_states
@@ -251,11 +251,14 @@ class MetaLearner(L.LightningModule):
         trainable = tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
         return {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()}
 
+    def _initially_adapted(self) -> Tree:
+        """The part of the initialisation that the inner loop adapts."""
+        phi = self.initialisation()
+        return {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
+
     def begun_state(self) -> State:
         """The carried state, or one that is new, on the network's device."""
-        phi = self.initialisation()
-        adapted = {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
-        state = self.inner_optimizer.init(adapted) if self.carried is None else self.carried
+        state = self.inner_optimizer.init(self._initially_adapted()) if self.carried is None else self.carried
         device = next(self.network.parameters()).device
         return {part: tree.to_device(values, device) for part, values in state.items()}
 
@@ -697,9 +700,7 @@ class MetaLearner(L.LightningModule):
                 f"load_from_checkpoint({str(checkpoint_path)!r}, network=..., rule=..., inner_optimizer=...)."
             )
         learner.on_load_checkpoint(checkpoint)
-        weights = checkpoint["state_dict"]
-        learner.network.to(weights_dtype(weights, "network."))
-        learner.load_state_dict(weights)
+        learner.load_state_dict(checkpoint["state_dict"])
         refuse_nonfinite_weights(learner.network, str(checkpoint_path))
         return learner.eval() if map_location is None else learner.eval().to(map_location)
 
@@ -721,8 +722,19 @@ class MetaLearner(L.LightningModule):
         with misfits("ckpt_path"):
             check_module(self, checkpoint)
             self.check_state(checkpoint, resuming)
-        self.carried = saved["carried"]
+        self._take_precision(checkpoint["state_dict"])
+        self.carried = take_state(saved["carried"], self.inner_optimizer, self._initially_adapted())
         self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+    def _take_precision(self, weights: Mapping[str, Any]) -> None:
+        """Convert the network before weights are loaded: as the trainer will do after that, or to the weights' dtypes.
+
+        Else weights of 64 bits would go through 32.
+        """
+        if self._trainer is not None:
+            self.trainer.precision_plugin.convert_module(self)
+        else:
+            take_dtypes(self.network, {name.removeprefix("network."): t for name, t in weights.items()})
 
     def check_state(self, checkpoint: Mapping[str, Any], resuming: bool) -> None:
         """Raise `Mismatch` where the inner or, to go on from it, the outer state of a checkpoint does not fit."""

@@ -37,10 +37,37 @@ def misfits(what: str) -> Iterator[None]:
         raise ValueError(f"{what} does not fit: {error}. Use a checkpoint of the same settings.") from error
 
 
-def weights_dtype(weights: Mapping[str, Any], prefix: str = "") -> torch.dtype:
-    """The dtype of the first floating-point tensor whose name begins with `prefix`; float32 where there is none."""
-    tensors = (t for name, t in weights.items() if name.startswith(prefix) and isinstance(t, Tensor))
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+def take_dtypes(network: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give a network's floating-point tensors the dtypes of a file's, so that loading these rounds nothing.
+
+    Tensors that the file does not have, such as buffers that are not saved, get the file's dtype where it has one only.
+
+    Args:
+        network: whose tensors get them.
+        weights: the file's, by their names in the network.
+    """
+    kept = {name: t.dtype for name, t in weights.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    one = next(iter(kept.values())) if len(set(kept.values())) == 1 else None
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept.get(name, one or tensor.dtype))
+
+
+def take_state(carried: State | None, optimizer: InnerOptimizer, adapted: Mapping[str, Tensor]) -> State | None:
+    """Copy a carried state, in the dtypes that a new one for these parameters has; it has passed `check_carried`.
+
+    Args:
+        carried: of the checkpoint, which may be mapped from its file and of another precision.
+        optimizer: the inner optimiser that goes on from it.
+        adapted: the parameters, as they are adapted.
+    """
+    if carried is None:
+        return None
+    new = optimizer.init(adapted)
+    return {
+        part: {name: t.to(new[part][name].dtype, copy=True) for name, t in values.items()}
+        for part, values in carried.items()
+    }
 
 
 def check_module(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fomal.cli import main
+from fomal.data import SinusoidDataModule
 from fomal.inner import SGD, Adam
 from fomal.learner import MetaLearner
+from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
-from tests.test_learner import Blobs, smooth_learner, trainer
+from fomal.restoring import take_dtypes
+from tests.test_learner import Blobs, sine_learner, smooth_learner, trainer, weights
+from tests.test_resume import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:trainer.precision=bf16-true rounds")  # but see the test of it
 
@@ -90,6 +95,73 @@ def test_16_bits_are_refused_on_a_cpu_too(precision: str, fails: Any) -> None:
         f"trainer.precision={precision} would need loss scaling inside the inner loop, which is not there: use "
         f"32-true, or bf16-mixed."
     )
+
+
+def resumable() -> MetaLearner:
+    """A learner with inner and outer Adam."""
+    return sine_learner(outer_optimizer=lambda params: torch.optim.Adam(params, lr=0.01), outer_final=1.0)
+
+
+def fitted(precision: str, steps: int, **settings: Any) -> tuple[MetaLearner, Any]:
+    """A learner after `steps` meta-iterations, and its trainer."""
+    run = trainer(steps, precision=precision)
+    run.fit(learner := resumable(), datamodule=SinusoidDataModule(meta_batch_size=2), **settings)
+    return learner, run
+
+
+def evaluated(learner: MetaLearner, precision: str, **settings: Any) -> dict[str, float]:
+    run = trainer(precision=precision)
+    run.test(learner, datamodule=SinusoidDataModule(test_tasks=4), verbose=False, **settings)
+    return dict(learner.results["metrics"])
+
+
+def states(learner: MetaLearner) -> dict[str, torch.Tensor]:
+    carried = {f"{part}/{name}": t for part, ts in (learner.carried or {}).items() for name, t in ts.items()}
+    return {**weights(learner), **carried}
+
+
+@pytest.mark.parametrize("precision", ["64-true", *TOLERANCE])
+def test_checkpoints_keep_each_bit_and_are_taken_over_at_every_precision(precision: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.ckpt"
+    whole, _ = fitted(precision, 4)
+    half, run = fitted(precision, 2)
+    run.save_checkpoint(path)
+    resumed, _ = fitted(precision, 4, ckpt_path=path)
+    same(states(resumed), states(whole))
+    figures = evaluated(half, precision)
+    assert evaluated(resumable(), precision, ckpt_path=path) == figures
+    loaded = MetaLearner.load_from_checkpoint(
+        path, network=MLP(hidden=(16,)), rule=Reptile(), inner_optimizer=Adam(0.01)
+    )
+    same(states(loaded), states(half))
+    if "mixed" not in precision:
+        assert evaluated(loaded, precision) == figures
+    for other in {"64-true", *TOLERANCE} - {precision}:
+        loss = evaluated(resumable(), other, ckpt_path=path)["test/loss"]
+        assert loss == pytest.approx(figures["test/loss"], rel=0.05)
+        fitted(other, 3, ckpt_path=path)
+
+
+class Mixed(nn.Module):
+    """A network of parameters in 16, 64 and complex 64 bits, the 16 bits first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        self.weight = nn.Parameter(torch.full((1,), 1 / 3, dtype=torch.float64))
+        self.turn = nn.Parameter(torch.full((1,), 1 + 2j, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight + self.turn.imag * self.turn.real + self.shift).to(x.dtype)
+
+
+def test_each_tensor_gets_the_dtype_that_it_has_in_the_file() -> None:
+    made, other = Mixed(), Mixed().float()
+    other.turn.data = torch.ones(1, dtype=torch.complex128)
+    take_dtypes(other, made.state_dict())
+    other.load_state_dict(made.state_dict())
+    same({k: v for k, v in other.state_dict().items() if k != "turn"}, {"shift": made.shift, "weight": made.weight})
+    assert other.turn.item() == 1 + 2j
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from fomal.data.image_format import ImageFormat
 from fomal.files import UnreadableFile, open_regular, read_regular
 from fomal.models.head import resize_head
 from fomal.models.norm import use_batch_statistics
-from fomal.restoring import weights_dtype
+from fomal.restoring import take_dtypes
 from fomal.schema import Mismatch, check_model, check_tensors
 
 ABOUT, WEIGHTS, SUPPORT = "model.json", "model.safetensors", "support.safetensors"
@@ -99,15 +99,15 @@ def make_network(folder: Path, about: Mapping[str, Any], trust: Collection[str] 
         ValueError: the network names what is not trusted, or cannot be made.
     """
     weights = _tensors(folder / WEIGHTS)
-    dtype = weights_dtype(weights)
-    if dtype not in _DTYPES:
+    for dtype in {t.dtype for t in weights.values() if t.is_floating_point()}.difference(_DTYPES):
         raise Mismatch(f"{WEIGHTS} has weights of {dtype}, not of {', '.join(map(str, _DTYPES))}")
     network = build_network(about["network"], trust, str(folder / ABOUT))
     use_batch_statistics(network)
     if about["ways"] != len(about["classes"]):
         resize_head(network, len(about["classes"]))
     check_tensors(weights, network.state_dict(), WEIGHTS, f"the network in {ABOUT}")
-    network.to(dtype).load_state_dict(weights)
+    take_dtypes(network, weights)
+    network.load_state_dict(weights)
     return network
 
 

@@ -28,7 +28,7 @@ from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
 from fomal.output import rank_zero_info
 from fomal.random import LARGEST_SEED
-from fomal.restoring import misfits, weights_dtype
+from fomal.restoring import misfits, take_dtypes
 from fomal.schema import check_tensors
 from fomal.trust import Trust
 from fomal.versions import versions
@@ -146,7 +146,7 @@ def _give_weights(content: dict[str, Any], learner: MetaLearner, takes_state: bo
         check_tensors(weights, learner.network.state_dict(), "its state_dict", "the network")
         if takes_state:
             learner.check_state(content, resuming=False)
-    learner.network.to(weights_dtype(weights))
+    take_dtypes(learner.network, weights)
     learner.network.load_state_dict(weights)
     refuse_nonfinite_weights(learner.network, "adapt")
     learner.carried = content["fomal"]["carried"]

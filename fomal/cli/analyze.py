@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fomal.analysis.report import Report, analyze, standard_rules
 from fomal.analysis.terms import Coefficients, Estimate, Terms
+from fomal.build import read_checkpoint
 from fomal.cli.errors import UsageError
 from fomal.cli.run import FomalCLI, run_cli
 from fomal.data.datamodule import EpisodeDataModule
@@ -26,7 +27,9 @@ from fomal.learner import MetaLearner
 from fomal.outer.rule import OuterRule
 from fomal.output import say, tell
 from fomal.plots.taylor import draw_taylor
+from fomal.restoring import check_module, misfits
 from fomal.terminal import PlainConsole
+from fomal.watch import refuse_nonfinite_weights
 
 
 def run(verb: str, args: Sequence[str]) -> FomalCLI:
@@ -61,12 +64,16 @@ class AnalyzingTrainer(L.Trainer):
             split: whose tasks.
             out: folder for `analysis.json` and `taylor.png`.
         """
+        model.double()
         if ckpt_path is not None:
-            saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            saved = read_checkpoint(ckpt_path)
+            with misfits("ckpt_path"):
+                check_module(model, saved)
             model.load_state_dict(saved["state_dict"])
+            refuse_nonfinite_weights(model.network, "analyze")
         datamodule.prepare_data()
         datamodule.setup("test" if split == "test" else "fit")
-        model.to(device=self.strategy.root_device, dtype=torch.float64).eval()
+        model.to(self.strategy.root_device).eval()
         if model.adapted is not None:  # what the inner loop leaves alone is no part of the expansion
             for name, p in model.network.named_parameters():
                 p.requires_grad_(name in model.adapted)

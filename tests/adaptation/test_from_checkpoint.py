@@ -67,6 +67,21 @@ def test_sgd_is_torch_optim_over_written_out_steps(checkpoint: Path, support: Pa
         torch.testing.assert_close(value.double(), network.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
+def test_weights_and_state_in_64_bits_stay_so(checkpoint: Path, support: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(checkpoint)
+    exact = {k: t.double() * (1 + 2**-40) for k, t in content["state_dict"].items() if k.startswith("network.")}
+    content["state_dict"].update(exact)
+    moments = content["fomal"]["carried"]["second_moment"]
+    content["fomal"]["carried"]["second_moment"] = {k: t.double() for k, t in moments.items()}
+    torch.save(content, tmp_path / "c.ckpt")
+    assert adapt(tmp_path / "c.ckpt", *examples(support), steps=1).device.type == "cpu"
+    adapted = adapt(tmp_path / "c.ckpt", *examples(support), steps=1, optimizer=SGD(0.0))
+    adapted.save(tmp_path / "model")
+    for model in (adapted, fomal.Adapted.load(tmp_path / "model")):
+        found = model.network.state_dict()
+        assert all(torch.equal(found[k.removeprefix("network.")], t) for k, t in exact.items())
+
+
 def test_settings_default_to_the_checkpoints_evaluation(checkpoint: Path, support: Path) -> None:
     about = adapt(checkpoint, *examples(support)).about["adaptation"]
     assert (about["steps"], about["batch_size"], about["optimizer"]) == (12, 4, "fomal.inner.adam.Adam")
