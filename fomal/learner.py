@@ -699,15 +699,28 @@ class MetaLearner(L.LightningModule):
                 f"{checkpoint_path} is of a learner that was made in Python, so it does not say of what: use "
                 f"load_from_checkpoint({str(checkpoint_path)!r}, network=..., rule=..., inner_optimizer=...)."
             )
-        learner.on_load_checkpoint(checkpoint)
+        learner.take_over(checkpoint, str(checkpoint_path))
         learner.load_state_dict(checkpoint["state_dict"])
         refuse_nonfinite_weights(learner.network, str(checkpoint_path))
         return learner.eval() if map_location is None else learner.eval().to(map_location)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it."""
+        """See `take_over`."""
+        self.take_over(checkpoint, "ckpt_path" if self._trainer is None else f"ckpt_path={self.trainer.ckpt_path}")
+
+    def take_over(self, checkpoint: dict[str, Any], source: str, has_moved: bool = True) -> None:
+        """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it.
+
+        Args:
+            checkpoint: the content.
+            source: its file, for messages.
+            has_moved: whether its meta-iterations, if there were any, have changed the weights.
+
+        Raises:
+            ValueError: it does not fit, naming file, entry and remedy.
+        """
         check_states(checkpoint.get("callbacks"))
-        check_checkpoint(checkpoint, "ckpt_path")
+        check_checkpoint(checkpoint, source)
         saved = checkpoint["fomal"]
         if "replicas" in saved:
             raise ValueError(REPLICAS_GIVEN)
@@ -719,9 +732,9 @@ class MetaLearner(L.LightningModule):
                     f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
                     f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
                 )
-        with misfits("ckpt_path"):
+        with misfits(source):
             check_module(self, checkpoint)
-            self.check_state(checkpoint, resuming)
+            self.check_state(checkpoint, resuming, has_moved)
         self._take_precision(checkpoint["state_dict"])
         self.carried = take_state(saved["carried"], self.inner_optimizer, self._initially_adapted())
         self.skipped_tasks = saved.get("skipped_tasks", 0)
@@ -736,7 +749,7 @@ class MetaLearner(L.LightningModule):
         else:
             take_dtypes(self.network, {name.removeprefix("network."): t for name, t in weights.items()})
 
-    def check_state(self, checkpoint: Mapping[str, Any], resuming: bool) -> None:
+    def check_state(self, checkpoint: Mapping[str, Any], resuming: bool, has_moved: bool = True) -> None:
         """Raise `Mismatch` where the inner or, to go on from it, the outer state of a checkpoint does not fit."""
         learnt = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         adapted = {
@@ -744,9 +757,13 @@ class MetaLearner(L.LightningModule):
             for name, p in learnt.items()
             if self.adapted is None or name in self.adapted
         }
-        check_carried(checkpoint["fomal"]["carried"], self.inner_optimizer, adapted)
+        saved = checkpoint["fomal"]
+        # With skipped tasks, it may be that none has counted yet.
+        has_moved = has_moved and checkpoint["global_step"] > 0 and not saved.get("skipped_tasks")
+        carries = {self.inner_state, saved.get("settings", {}).get("inner_state", "carried")} == {"carried"}
+        check_carried(saved["carried"], self.inner_optimizer, adapted, has_moved and carries)
         if resuming:
-            check_outer(self._outer, learnt.values(), checkpoint)
+            check_outer(self._outer, learnt, checkpoint, adapted if has_moved else ())
 
 
 def _linear(total: int, final: float, step: int) -> float:

@@ -240,17 +240,18 @@ class Replicas(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over each replica's carried state."""
         check_states(checkpoint.get("callbacks"))
-        check_checkpoint(checkpoint, "ckpt_path")
+        source = f"ckpt_path={self.trainer.ckpt_path}"
+        check_checkpoint(checkpoint, source)
         saved = checkpoint["fomal"].get("replicas")
         if saved is None or len(saved) != len(self.learners):
             found = "no replicas" if saved is None else f"{len(saved)} replicas"
-            raise ValueError(f"ckpt_path is a checkpoint of {found}, not of {len(self.learners)}.")
-        with misfits("ckpt_path"):
+            raise ValueError(f"{source} is a checkpoint of {found}, not of {len(self.learners)}.")
+        with misfits(source):
             check_module(self, checkpoint)
         self.stopped = dict(checkpoint["fomal"]["stopped"])
         for place, learner in enumerate(self):
             learner.trainer = self.trainer
-            learner.on_load_checkpoint(replica_checkpoint(checkpoint, place))
+            learner.take_over(replica_checkpoint(checkpoint, place), source, place not in self.stopped)
 
 
 def replica_checkpoint(checkpoint: Mapping[str, Any], place: int) -> dict[str, Any]:

@@ -92,29 +92,42 @@ def check_module(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> No
                 copy.copy(callback).load_state_dict(copy.deepcopy(state))
 
 
-def check_carried(carried: State | None, optimizer: InnerOptimizer, adapted: Mapping[str, Tensor]) -> None:
+def check_carried(
+    carried: State | None, optimizer: InnerOptimizer, adapted: Mapping[str, Tensor], needed: bool
+) -> None:
     """Compare a carried state with a new one.
 
     Args:
         carried: of the checkpoint.
         optimizer: the inner optimiser that goes on from it.
         adapted: the checkpoint's tensors that it adapts.
+        needed: whether the checkpoint's run has made meta-iterations that carry one on.
 
     Raises:
         Mismatch: naming part and entry.
     """
-    if carried is None:
-        return
     expected = optimizer.init({name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in adapted.items()})
     whose = f"the state of {type(optimizer).__name__}"
+    if carried is None:
+        if needed and expected:
+            raise Mismatch(f"its fomal.carried is null, so {whose} would begin afresh, which inner_state=reset says")
+        return
     found, wanted = ({part: torch.empty(0) for part in state} for state in (carried, expected))
     check_tensors(found, wanted, "its fomal.carried", whose)
     for part, tensors in expected.items():
         check_tensors(carried[part], tensors, f"its fomal.carried.{part}", whose, exact=True)
 
 
-def check_outer(make: Outer, parameters: Iterable[nn.Parameter], checkpoint: Mapping[str, Any]) -> None:
+def check_outer(
+    make: Outer, parameters: Mapping[str, nn.Parameter], checkpoint: Mapping[str, Any], stepped: Iterable[str]
+) -> None:
     """Load the states of outer optimiser and schedule on copies of the parameters, and try a step without gradients.
+
+    Args:
+        make: makes both.
+        parameters: those that they are of.
+        checkpoint: which has the states.
+        stepped: names of parameters that have been moved, so that the optimiser has a state of theirs if it keeps one.
 
     Raises:
         Mismatch: naming the entry.
@@ -124,14 +137,21 @@ def check_outer(make: Outer, parameters: Iterable[nn.Parameter], checkpoint: Map
             raise Mismatch(f"it has no {name}, and cannot be gone on from: it was saved with weights alone")
         if name != "loops" and len(checkpoint[name]) != 1:
             raise Mismatch(f"its {name} has {len(checkpoint[name])} entries, not 1")
-    parameters = list(parameters)
+    moved = _copies(parameters)
     try:
-        _step(*_made(make, parameters))
+        tried, schedule = make(moved.values())
+        tried.step()
+        schedule.step()
     except Exception:  # an optimiser that works on other devices alone, say
         return
-    optimizer, schedule = _made(make, parameters)
+    copies = _copies(parameters)
+    optimizer, schedule = make(copies.values())
     with _naming("optimizer_states.0"):
         optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
+        for name in stepped:
+            kept = {key for key, value in tried.state.get(moved[name], {}).items() if value is not None}
+            if missing := sorted(kept - optimizer.state.get(copies[name], {}).keys()):
+                raise ValueError(f"it has no {missing[0]} of {name}, so {type(tried).__name__} would begin afresh")
         optimizer.step()
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("a step without gradients leaves values that are not finite")
@@ -146,16 +166,11 @@ def check_outer(make: Outer, parameters: Iterable[nn.Parameter], checkpoint: Map
             raise ValueError("the step size is not finite")
 
 
-def _made(make: Outer, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
-    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
-    for p in copies:
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    for p in copies.values():
         p.grad = torch.zeros_like(p)
-    return make(copies)
-
-
-def _step(optimizer: Optimizer, schedule: LRScheduler) -> None:
-    optimizer.step()
-    schedule.step()
+    return copies
 
 
 @contextmanager

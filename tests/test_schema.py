@@ -239,6 +239,10 @@ MISFITS: list[tuple[str, Callable[[Content], None], str]] = [
         put("fomal/carried/second_moment/layers.1.bias", torch.ones(4).double()),
         r"second_moment has layers.1.bias as \(4,\) float64, but that of the state of Adam is \(4,\) float32",
     ),
+    ("test", put("fomal/carried", None), "its fomal.carried is null, so the state of Adam would begin afresh"),
+    ("fit", put("fomal/carried", None), "its fomal.carried is null, so the state of Adam would begin afresh"),
+    ("fit", put("optimizer_states/0/state", {}), "it has no exp_avg of layers.1.weight, so Adam would begin afresh"),
+    ("fit", drop("optimizer_states/0/state/1"), "it has no exp_avg of layers.1.bias, so Adam would begin afresh"),
     ("fit", drop("optimizer_states"), "it has no optimizer_states, and cannot be gone on from: it was saved with weig"),
     ("fit", drop("loops"), "it has no loops, and cannot be gone on from"),
     ("fit", put("optimizer_states", []), "its optimizer_states has 0 entries, not 1"),
@@ -248,7 +252,7 @@ MISFITS: list[tuple[str, Callable[[Content], None], str]] = [
     ("fit", put("optimizer_states/0/param_groups/0/betas", "x"), "its optimizer_states.0 cannot be used"),
     ("fit", put(f"{ADAM}/exp_avg", torch.ones(3, 3)), "its optimizer_states.0 cannot be used"),
     ("fit", put(f"{ADAM}/exp_avg", "x"), "its optimizer_states.0 cannot be used"),
-    ("fit", drop(f"{ADAM}/exp_avg_sq"), "its optimizer_states.0 cannot be used .KeyError: 'exp_avg_sq'"),
+    ("fit", drop(f"{ADAM}/exp_avg_sq"), "it has no exp_avg_sq of layers.1.weight, so Adam"),
     ("fit", put("lr_schedulers/0", {}), "its lr_schedulers.0 cannot be used .KeyError: 'lr_lambdas'"),
     ("fit", put("lr_schedulers/0/last_epoch", 10**9), "last_epoch=1000000000 is none of 0 to global_step=3"),
     ("fit", put("lr_schedulers/0/base_lrs", None), "its lr_schedulers.0 cannot be used"),
@@ -270,8 +274,23 @@ def test_what_does_not_fit_the_network_or_its_optimisers_is_named(
     )
     with pytest.raises(ValueError, match=said) as error:
         (trainer.fit if verb == "fit" else trainer.test)(learner, datamodule=data, ckpt_path=str(path))
-    assert str(error.value).startswith("ckpt_path does not fit: " if "run has 5" not in said else "trainer.max_steps")
+    assert str(error.value).startswith(
+        f"ckpt_path={path} does not fit: " if "run has 5" not in said else "trainer.max_steps"
+    )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("allowed", [put("fomal/skipped_tasks", 4), put("fomal/settings/inner_state", "reset")])
+def test_a_state_that_there_was_no_need_of_may_be_missing(
+    allowed: Callable[[Content], None], content: Content, tmp_path: Path
+) -> None:
+    allowed(content)
+    content["fomal"]["carried"] = None
+    torch.save(content, tmp_path / "c.ckpt")
+    learner, data = build(content["fomal"]["config"])
+    trainer = L.Trainer(max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.test(learner, datamodule=data, ckpt_path=str(tmp_path / "c.ckpt"), verbose=False)
+    assert learner.carried is None
 
 
 def test_a_misfit_is_one_line_of_the_command_line(content: Content, tmp_path: Path, fails: Fails) -> None:

@@ -84,7 +84,7 @@ def adapt(
     batch_size = learner.eval_inner_batch_size if batch_size is None else batch_size
     positive(MANY, steps=steps, batch_size=batch_size)
     countable(LARGEST_SEED, seed=seed)
-    ways = _give_weights(content, learner, takes_state=optimizer is None)
+    ways = _give_weights(content, str(checkpoint), learner, takes_state=optimizer is None)
     labels = [str(label) for label in labels]
     classes = sorted(set(labels))
     support = torch.from_numpy(decode_all(images, image_format))  # (S, C, H, W)
@@ -139,10 +139,10 @@ def _image_format(data: EpisodeDataModule) -> ImageFormat:
     return image_format
 
 
-def _give_weights(content: dict[str, Any], learner: MetaLearner, takes_state: bool) -> int:
+def _give_weights(content: dict[str, Any], source: str, learner: MetaLearner, takes_state: bool) -> int:
     """Give a learner the checkpoint's weights and state; the number of its classes."""
     weights = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-    with misfits("the checkpoint"):
+    with misfits(source):
         check_tensors(weights, learner.network.state_dict(), "its state_dict", "the network")
         if takes_state:
             learner.check_state(content, resuming=False)
