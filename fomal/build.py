@@ -17,7 +17,7 @@ from torch import nn
 
 from fomal.checkpoints import find, verify
 from fomal.data.datamodule import EpisodeDataModule
-from fomal.files import open_regular
+from fomal.files import refuse_unreadable
 from fomal.learner import MetaLearner
 from fomal.moved import refusal
 from fomal.schema import check_checkpoint
@@ -58,11 +58,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
-        OSError: it is no regular file, or may not be read.
+        OSError: it is no regular file, has more than 64 GiB, or may not be read.
         ValueError: it is none of fomal's, not whole, or of a newer format.
     """
     path, _ = find(path)
-    open_regular(path).close()
+    refuse_unreadable(path)
     verify(path)
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     check_checkpoint(checkpoint, path)

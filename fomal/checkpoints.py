@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fomal.checks import first_line
+from fomal.files import refuse_unreadable
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -63,8 +64,9 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         if not path.is_file():
             continue
         try:
+            refuse_unreadable(path)
             verify(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(str(error))
         else:
             return path, problems

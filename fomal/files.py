@@ -17,6 +17,9 @@ from fomal.output import quoted, rank_zero_warn
 LARGEST = 2**29
 """Bytes that a file which is read whole may have, unless its reader says otherwise."""
 
+LARGEST_WEIGHTS = 2**36
+"""Bytes of a checkpoint, or of an adapted model's weights or support set."""
+
 _KINDS = {
     stat.S_IFIFO: "a fifo",
     stat.S_IFCHR: "a device",
@@ -69,13 +72,29 @@ def read_regular(path: str | Path, largest: int = LARGEST, follow: bool = True) 
         OSError: it does not exist, is a folder, or may not be read.
     """
     with open_regular(path, follow) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > largest:
-            raise UnreadableFile(errno.EFBIG, f"it has {size} bytes, more than the {largest} allowed", str(path))
+        size = _size(file, path, largest)
         content = file.read(size or 1)
     if len(content) > size:
         raise UnreadableFile(errno.EINVAL, "it says that it is empty, and is not", str(path))
     return content
+
+
+def refuse_unreadable(path: str | Path, largest: int = LARGEST_WEIGHTS) -> None:
+    """Refuse a file that others read, unless it is a regular one of at most `largest` bytes.
+
+    Raises:
+        UnreadableFile: it is not.
+        OSError: it does not exist, is a folder, or may not be read.
+    """
+    with open_regular(path) as file:
+        _size(file, path, largest)
+
+
+def _size(file: BinaryIO, path: str | Path, largest: int) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if size > largest:
+        raise UnreadableFile(errno.EFBIG, f"it has {size} bytes, more than the {largest} allowed", str(path))
+    return size
 
 
 def _refuse_irregular(path: str | Path, about: os.stat_result) -> None:

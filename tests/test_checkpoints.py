@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fomal.build import read_checkpoint
 from fomal.checkpoints import find, newest, publish, verify
 from fomal.cli import main
 from fomal.cli.errors import UsageError
@@ -66,6 +67,15 @@ def test_a_folder_without_a_checkpoint_is_said_to_have_what_it_has(tmp_path: Pat
     write(only.with_name("step=8.ckpt"))
     with pytest.raises(ValueError, match="several checkpoints, step=7.ckpt, step=8.ckpt"):
         find(only.parent)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "last.ckpt")
+    os.truncate(path, 10**11)  # a file with a hole, of no bytes on disk
+    said = f"{path} is not read: it has 100000000000 bytes, more than the 68719476736 allowed"
+    with pytest.raises(OSError, match=said):
+        read_checkpoint(path)
+    assert newest(tmp_path) == (None, [said])
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 0.5, 0.99, -1])

@@ -20,6 +20,7 @@ from fomal.adaptation import Adapted
 from fomal.build import build, build_network
 from fomal.cli import main
 from fomal.cli.checkpoint import without_places
+from fomal.learner import MetaLearner
 from fomal.models import Classifier, Conv4
 from fomal.trust import Trust, is_known
 
@@ -241,6 +242,8 @@ def test_no_checkpoint_reaches_anything(
     if where.startswith(("model", "data")):
         with pytest.raises(ValueError, match=r"c\.ckpt|configuration"):
             fomal.adapt(path, torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), ["a", "b"])
+        with pytest.raises(ValueError, match=r"c\.ckpt|configuration"):
+            MetaLearner.load_from_checkpoint(path)
         if number % 8 == 0:
             assert "c.ckpt" in fails("adapt", "--ckpt_path", str(path), "--support", ".", "--out", "m", code=1)
 

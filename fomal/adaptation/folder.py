@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fomal.build import build_network
 from fomal.checks import first_line
 from fomal.data.image_format import ImageFormat
-from fomal.files import UnreadableFile, open_regular, read_regular
+from fomal.files import UnreadableFile, read_regular, refuse_unreadable
 from fomal.models.head import resize_head
 from fomal.models.norm import use_batch_statistics
 from fomal.restoring import take_dtypes
@@ -38,7 +38,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     for name in (ABOUT, WEIGHTS, SUPPORT):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is no adapted model: it has no {name}; make one by `fomal adapt`.")
-        open_regular(folder / name).close()
+        refuse_unreadable(folder / name)
     path = folder / ABOUT
     try:
         about = json.loads(read_regular(path, _LARGEST).decode())

@@ -75,6 +75,11 @@ def cut(name: str, share: float) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, int(share * (folder / name).stat().st_size))
 
 
+def enlarge(name: str) -> Callable[[Path], None]:
+    """Damage that gives a file a hole, of no bytes on disk, at its end."""
+    return lambda folder: os.truncate(folder / name, 10**11)
+
+
 def fifo(name: str) -> Callable[[Path], None]:
     """Damage that puts a fifo in the place of a file."""
 
@@ -151,6 +156,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (cut(WEIGHTS, 0.9), "model.safetensors is cut short or damaged"),
     (cut(WEIGHTS, 0), "model.safetensors is cut short or damaged"),
     (cut(SUPPORT, 0.5), "support.safetensors is cut short or damaged"),
+    *((enlarge(name), f"{name} is not read: it has 100000000000 bytes") for name in ("model.json", WEIGHTS, SUPPORT)),
     *((fifo(name), f"{name} is not read: it is a fifo") for name in ("model.json", WEIGHTS, SUPPORT)),
 ]
 
