@@ -20,6 +20,7 @@ LARGEST = 2**29
 LARGEST_WEIGHTS = 2**36
 """Bytes of a checkpoint, or of an adapted model's weights or support set."""
 
+_SHOWN = 60  # characters of a path that is too long
 _KINDS = {
     stat.S_IFIFO: "a fifo",
     stat.S_IFCHR: "a device",
@@ -34,6 +35,36 @@ class UnreadableFile(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename} is not read: {self.strerror}"
+
+
+def check_path(name: str, path: str | Path) -> None:
+    """Raise ValueError, naming the argument, where no file can be called `path`."""
+    text = str(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{name}={text!r} must be a path, without a zero byte in it.")
+    try:
+        os.stat(text)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            cut = text if len(text) < _SHOWN else f"{text[:_SHOWN]}..."
+            raise ValueError(f"{name}={cut!r} cannot be a file ({error.strerror}): give another path.") from error
+
+
+def check_writable(name: str, path: Path, folder: bool = False) -> None:
+    """Look whether a file, or a new folder, could be written at `path`, and write nothing.
+
+    Raises:
+        ValueError: no file can have that name.
+        WriteError: something is in the way, or the folder it would be in may not be written to; names the argument.
+    """
+    check_path(name, path)
+    if not folder and path.exists() and not path.is_file():
+        raise WriteError(f"{name}={path} is a folder, a device or a pipe: give the name of a file.")
+    above = next(part for part in path.absolute().parents if part.exists())
+    if not above.is_dir():
+        raise WriteError(f"{name}={path} cannot be written, since {above} is no folder: give another path.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise WriteError(f"{name}={path} cannot be written: make {above} writable, or give another path.")
 
 
 def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:

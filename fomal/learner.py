@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class MetaLearner(L.LightningModule):
         rule: OuterRule,
         inner_optimizer: InnerOptimizer,
         outer_optimizer: OptimizerCallable = lambda params: TorchSGD(params, lr=1.0),
-        outer_schedule: LRSchedulerCallable | None = None,
+        outer_schedule: Callable[[Optimizer], LRScheduler] | None = None,
         outer_final: float = 0.0,
         inner_steps: int = 5,
         inner_batch_size: int = 10,
@@ -168,6 +168,8 @@ class MetaLearner(L.LightningModule):
         self.network = network
         self.rule = rule
         self.inner_optimizer = inner_optimizer
+        if not callable(outer_optimizer):
+            raise ValueError(f"outer_optimizer={outer_optimizer!r} must make an optimiser, as torch.optim.SGD does.")
         self.outer_optimizer = outer_optimizer
         self.outer_schedule = outer_schedule
         self.outer_final = outer_final

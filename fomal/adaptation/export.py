@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fomal.adaptation.model import Adapted
 from fomal.checks import first_line, one_of
+from fomal.files import naming
 from fomal.models.norm import has_batch_norm
 
 Format = Literal["onnx", "torch-export"]
@@ -79,9 +80,9 @@ def export(model: Adapted, path: Path, kind: Format, transductive: bool = False)
         raise FileExistsError(f"{path} exists already: give another name, or remove it.")
     module = Exported(model, transductive).eval()
     write, read = (_write_onnx, _read_onnx) if kind == "onnx" else (_write_export, _read_export)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.name}.{uuid.uuid4().hex}"  # ONNX may write weights beside the file
-    folder.mkdir()
+    folder = path.parent / f".{secrets.token_hex(8)}.unfinished"  # ONNX may write weights beside the file
+    with naming(path):
+        folder.mkdir(parents=True)
     unfinished = folder / path.name
     try:
         with warnings.catch_warnings(), torch.no_grad():

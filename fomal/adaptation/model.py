@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from fomal.adaptation.folder import (
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.checks import first_line
 from fomal.data.image_format import ImageFormat
+from fomal.files import naming
 from fomal.inner.objective import Objective
 from fomal.models.norm import has_batch_norm
 from fomal.schema import MODEL_FORMAT, Mismatch
@@ -146,8 +147,9 @@ class Adapted:
                 "the network was not made from a configuration, so that nothing says how to make it again: adapt a "
                 "checkpoint of `fomal fit`, or save network.state_dict() yourself."
             )
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
-        unfinished.mkdir(parents=True)
+        unfinished = folder.with_name(f".{secrets.token_hex(8)}.unfinished")
+        with naming(folder):
+            unfinished.mkdir(parents=True)
         try:
             # A copy of each, since safetensors refuses tensors that share memory, as tied weights do.
             state = self.network.state_dict().items()
@@ -204,7 +206,7 @@ class Adapted:
             raise Mismatch(f"its network has outputs {tuple(outputs.shape[1:])} for {len(self.classes)} classes")
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise FileExistsError where `folder` exists: an adapted model is never written over."""
+def refuse_existing(folder: Path, name: str = "folder") -> None:
+    """Raise FileExistsError where `folder`, given as `name`, exists: an adapted model is never written over."""
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already: give another folder, or remove it.")
+        raise FileExistsError(f"{name}={folder} exists already: give another folder, or remove it.")

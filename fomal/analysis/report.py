@@ -11,6 +11,7 @@ from torch import Tensor
 from fomal.analysis.problem import Problem
 from fomal.analysis.taylor import geometric, leading_terms, norm, residuals, slope
 from fomal.analysis.terms import Terms, estimate_terms
+from fomal.checks import MANY, nonnegative, positive
 from fomal.data.episode import Episode
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
@@ -50,6 +51,16 @@ def standard_rules() -> dict[str, OuterRule]:
     return {type(rule).__name__: rule for rule in rules} | orders
 
 
+def check_sizes(tasks: int, batches: int, lr: float) -> None:
+    """Raise ValueError for numbers with which nothing can be analysed; see `analyze`."""
+    positive(MANY, tasks=tasks, batches=batches)
+    if tasks < 3:
+        raise ValueError(f"tasks={tasks} must be at least 3: the intervals come from the differences between tasks.")
+    nonnegative(lr=lr)
+    if lr == 0:
+        raise ValueError(f"lr={lr} must be above 0.")
+
+
 def analyze(
     objective: Objective,
     start: Tree,
@@ -77,10 +88,7 @@ def analyze(
     Raises:
         ValueError: too few tasks or mini-batches, or a rule that does not fit their number.
     """
-    if tasks < 3:
-        raise ValueError(f"tasks={tasks} must be at least 3: the intervals come from the differences between tasks.")
-    if not lr > 0:
-        raise ValueError(f"lr={lr} must be above 0.")
+    check_sizes(tasks, batches, lr)
     for rule in rules.values():
         rule.check(batches - rule.needs_query, SGD(lr))
 

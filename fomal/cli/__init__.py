@@ -75,6 +75,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         if verb not in VERBS:
             hint = did_you_mean(verb, VERBS) or f"; verbs: {', '.join(VERBS)}"
             raise UsageError(f"{verb!r} is not a verb of fomal{hint}")
+        _refuse_empty(rest)
         if args is None and "" not in sys.path:
             sys.path.append("")  # so that configs can name classes in the current folder, as with `python -m fomal`
         run = importlib.import_module(VERBS[verb].module).run
@@ -111,6 +112,18 @@ def help_text() -> str:
         f"Shipped configs, for --config, are in {configs_dir()}.\n"
         f"With the environment variable FOMAL_TRACEBACK=1 errors come with their traceback."
     )
+
+
+def _refuse_empty(args: Sequence[str]) -> None:
+    """Raise UsageError for an argument that is empty; a setting of the configuration may be."""
+    for before, arg in zip(["", *args], args, strict=False):
+        name, equals, value = arg.partition("=")
+        option = name if equals else before
+        if (value if equals and arg.startswith("--") else arg) == "" and not (
+            option.startswith("--") and "." in option
+        ):
+            what = option if option.startswith("-") else "an argument"
+            raise UsageError(f"{what} is empty: give a value, or leave it out.")
 
 
 def _is_setting_error(error: Exception) -> bool:

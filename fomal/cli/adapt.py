@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation.from_checkpoint import image_format_of
 from fomal.adaptation.model import refuse_existing
+from fomal.checkpoints import find, verify
+from fomal.checks import first_line
 from fomal.cli.errors import UsageError
-from fomal.cli.explain import explain
+from fomal.cli.explain import explain, what_was_raised
 from fomal.cli.given import TRUST_HELP, take_trust
 from fomal.cli.help import HelpFormatter
 from fomal.cli.images import add_image_options, selection, table_settings
@@ -26,9 +29,11 @@ from fomal.data.manifest import list_images
 from fomal.data.selection import EVERY, Selection, tell_left_out
 from fomal.data.source import open_source
 from fomal.data.store import Decoding, scan
+from fomal.files import check_path, check_writable, refuse_unreadable
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.output import tell
 
+_LONGEST = 300  # characters of torch's reason
 _SHOWN = 10  # classes named in the message
 _FEW = 10  # times that an image is seen; the evaluations of the paper see each 50 times or 10
 
@@ -44,8 +49,10 @@ def run(verb: str, args: Sequence[str]) -> Adapted:
     """
     args, trust = take_trust(args)
     given = _parse(verb, args)
-    refuse_existing(given.out)
+    check_writable("out", given.out, folder=True)
+    refuse_existing(given.out, "out")
     table = table_settings(given), selection(given)
+    _check_checkpoint(given.ckpt_path)
     image_format = image_format_of(given.ckpt_path, trust)
     pixels, labels = read_support(given.support, image_format, given.on_error, given.labels, *table)
     settings = {"steps": given.steps, "batch_size": given.batch_size, "optimizer": given.optimizer, "seed": given.seed}
@@ -89,19 +96,38 @@ def _parse(verb: str, args: Sequence[str]) -> Namespace:
     parser.add_argument("--trust", default=SUPPRESS, metavar="NAME", help=TRUST_HELP)  # is taken before parsing
     parser.add_argument("--device", type=str, default="cpu", help="e.g. cuda")
     try:
-        given: Namespace = parser.instantiate(parser.parse_args(list(args)))
+        parsed = parser.parse_args(list(args))
     except ArgumentError as error:
         raise UsageError(explain(str(error), parser)) from error
+    with what_was_raised():
+        given: Namespace = parser.instantiate(parsed)
     check_device(given.device)
     return given
 
 
-def check_device(device: str) -> None:
-    """Raise UsageError for a device that torch does not have here."""
+def _check_checkpoint(path: Path) -> None:
+    """Name the option where there is no checkpoint, or none that is whole."""
     try:
-        torch.zeros(1, device=device)
+        check_path("--ckpt_path", path)
+        found, _ = find(path)
+        refuse_unreadable(found)  # a device may never end
+        verify(found)
+    except (OSError, ValueError) as error:
+        message = str(error) if str(error).startswith("--") else f"--ckpt_path {error}"
+        raise ValueError(message) from error
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError for a device that torch does not have here, or that holds no values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of device that torch is giving up
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UsageError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = first_line(error)[:_LONGEST]
+        raise UsageError(
+            f"--device {device or repr(device)} cannot be used: {reason}; use e.g. cpu or cuda."
+        ) from error
 
 
 def read_support(

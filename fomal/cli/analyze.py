@@ -14,14 +14,14 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from fomal.analysis.report import Report, analyze, standard_rules
+from fomal.analysis.report import Report, analyze, check_sizes, standard_rules
 from fomal.analysis.terms import Coefficients, Estimate, Terms
 from fomal.build import read_checkpoint
 from fomal.cli.errors import UsageError
 from fomal.cli.run import FomalCLI, run_cli
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.episode import Episode
-from fomal.files import write_text
+from fomal.files import check_writable, write_text
 from fomal.inner import SGD, SGLD
 from fomal.learner import MetaLearner
 from fomal.outer.rule import OuterRule
@@ -64,6 +64,10 @@ class AnalyzingTrainer(L.Trainer):
             split: whose tasks.
             out: folder for `analysis.json` and `taylor.png`.
         """
+        batches = max(2, model.inner_steps + model.rule.needs_query) if batches is None else batches
+        lr = _inner_lr(model) if lr is None else lr
+        check_sizes(tasks, batches, lr)
+        check_writable("out", out / "analysis.json")
         model.double()
         if ckpt_path is not None:
             saved = read_checkpoint(ckpt_path)
@@ -81,7 +85,6 @@ class AnalyzingTrainer(L.Trainer):
         def episodes(number: torch.Tensor) -> Episode:
             return datamodule.on_after_batch_transfer(datamodule.episodes(split, number).to(model.device), 0)
 
-        batches = max(2, model.inner_steps + model.rule.needs_query) if batches is None else batches
         report = analyze(
             model.objective,
             model.initialisation(),
@@ -90,7 +93,7 @@ class AnalyzingTrainer(L.Trainer):
             tasks=tasks,
             batches=batches,
             batch_size=model.inner_batch_size,
-            lr=_inner_lr(model) if lr is None else lr,
+            lr=lr,
             watch=lambda groups, what: track(
                 groups, what, console=PlainConsole(stderr=True), disable=not sys.stderr.isatty()
             ),

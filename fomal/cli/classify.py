@@ -28,7 +28,7 @@ from fomal.data.manifest import by_labels
 from fomal.data.selection import tell_left_out
 from fomal.data.source import FileSource, Source, is_archive, open_source
 from fomal.data.store import Decoding, scan
-from fomal.files import atomic_replace
+from fomal.files import atomic_replace, check_path, check_writable
 from fomal.output import quoted, shown, tell
 from fomal.plots.contact_sheet import SHOWN, contact_sheet
 from fomal.terminal import PlainConsole
@@ -97,6 +97,8 @@ def _parse(verb: str, args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="e.g. cuda")
     given = parser.parse(args)
     check_device(given.device)
+    check_path("adapted", given.adapted)
+    check_writable("out", given.out)
     if given.sheet is not None:
         check_kind(given.sheet, "--sheet")
     return given
@@ -104,6 +106,8 @@ def _parse(verb: str, args: Sequence[str]) -> argparse.Namespace:
 
 def _source(images: Sequence[str]) -> tuple[Source, dict[str, str]]:
     """One folder or archive, or files; and those of several files that are not there, with what is wrong."""
+    for path in images:
+        check_path("images", path)
     only = Path(images[0]).expanduser()
     if len(images) == 1 and (only.is_dir() or is_archive(only)):
         return open_source(images[0], "images"), {}

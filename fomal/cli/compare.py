@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fomal.cli.arguments import Arguments
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.files import write_csv
+from fomal.files import check_path, check_writable, write_csv
 from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of, scale_of
 from fomal.plots.runs import Method, Run, differing_settings, find_runs, methods, read_run
@@ -61,6 +61,7 @@ def _read(paths: Sequence[Path]) -> list[Run]:
     """The runs in the folders; those that have only begun, and have nothing to show yet, are left out."""
     folders: dict[Path, None] = {}
     for path in paths:
+        check_path("RUN", path)
         if not path.is_dir():
             raise UsageError(f"{path}: there is no such folder; give the folder of a run, with its metrics.csv.")
         inside = find_runs(path)
@@ -78,6 +79,7 @@ def _read(paths: Sequence[Path]) -> list[Run]:
 
 def check_kind(path: Path, option: str = "--out") -> None:
     """Raise UsageError for a figure that matplotlib does not write."""
+    check_writable(option, path)
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise UsageError(f"{option} {path}: a figure can be {', '.join(f'.{kind}' for kind in sorted(kinds))}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.files import check_path
 
 DEFAULT = "sinusoid/reptile"
 
@@ -37,6 +38,7 @@ def find_config(name: str) -> str:
     """
     if is_text(name) or "://" in name:
         return name
+    check_path("--config", name)
     short = name.removeprefix("configs/").removesuffix(".yaml")
     path = Path(name) if Path(name).is_file() else configs_dir() / f"{short}.yaml"
     if path.is_file() and path.resolve().is_relative_to(configs_dir() / "experiments"):

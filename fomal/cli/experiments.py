@@ -15,6 +15,7 @@ import yaml
 
 from fomal.cli.configs import config_names, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.files import check_path
 
 _KEYS = {"title", "base", "settings", "methods", "sweeps"}
 _POINT_KEYS = {"at", "settings", "methods"}
@@ -99,6 +100,7 @@ def read_experiment(name: str) -> Experiment:
     Raises:
         UsageError: there is no such file, or something in it cannot be meant.
     """
+    check_path("NAME_OR_FILE", name)
     path = Path(name)
     if not path.is_file():
         short = name.removeprefix("configs/").removeprefix("experiments/").removesuffix(".yaml")
@@ -108,7 +110,7 @@ def read_experiment(name: str) -> Experiment:
         path = configs_dir() / "experiments" / f"{short}.yaml"
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     _check_keys(path, "the file", content, _KEYS, {"title", "base", "methods"})
     base = str(content["base"])

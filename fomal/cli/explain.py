@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from fomal.cli.errors import did_you_mean
+from fomal.cli.errors import UsageError, did_you_mean
 from fomal.cli.given import short_key
+
+_BASES = ("torch.nn.Module", "torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler", "typing.Union")
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
@@ -19,13 +24,54 @@ def explain(message: str, parser: ArgumentParser) -> str:
         parser: the verb's parser; knows the options there are.
     """
     text = " ".join(message.split())
-    for attempt in (_unknown_option, _unknown_parameter, _unknown_class, _wrong_value):
+    for attempt in (_empty, _unknown_option, _unknown_parameter, _unknown_class, _wrong_value):
         if line := attempt(text, parser):
             return line
     text = re.sub(
         r"(arguments are required: .*)", lambda m: re.sub(r"\b(fit|validate|test|predict|analyze)\.", "", m[1]), text
     )
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+
+
+@contextmanager
+def what_was_raised() -> Iterator[None]:
+    """Let through what a constructor raised, not jsonargparse's account of all that it tried."""
+    try:
+        yield
+    except ValueError as error:
+        root: BaseException = error
+        while str(root).startswith("Does not validate against any of the Union") and root.__cause__:
+            root = root.__cause__
+        raise root from None
+
+
+def refuse_bases(config: Any, key: str = "") -> None:
+    """Raise UsageError for a part of a configuration that names only the kind of what is wanted, as `{}` comes out.
+
+    Args:
+        config: parsed settings, or a part of them.
+        key: of the part.
+    """
+    parts = vars(config) if isinstance(config, Namespace) else config
+    if not isinstance(parts, Mapping):
+        return
+    for name, value in parts.items():
+        if name == "class_path" and value in _BASES:
+            raise UsageError(
+                f"{key}={{}} names no class: write {{class_path: PATH, init_args: {{...}}}}, or leave it out."
+            )
+        refuse_bases(value, short_key(f"{key}.{name}" if key else str(name)))
+
+
+def _empty(text: str, parser: ArgumentParser) -> str | None:
+    """A value that is empty, or a class that is not named by a text."""
+    key = _key(text)
+    if not key:
+        return None
+    if re.search(r"(Got value:|Given value:|Expected a dot import path string:)( -.*)?$", text):
+        return f"{key}='' is empty: give a value, or leave it out."
+    found = re.search(r"argument of type '(\w+)' is not iterable|Subclass types expect one of", text)
+    return f"{key} must name a class: write it as {{class_path: PATH, init_args: {{...}}}}." if found else None
 
 
 def _unknown_option(text: str, parser: ArgumentParser) -> str | None:
@@ -64,7 +110,7 @@ def _unknown_class(text: str, parser: ArgumentParser) -> str | None:
     )
     if found:
         return f"{_key(text[: found.start()])}={found[1]} is ambiguous: use {' or '.join(found[2].split(', '))}."
-    found = re.search(r"Expected a dot import path string: (\S+)", text)
+    found = re.search(r"Expected a dot import path string: (?!- )(\S+)", text)
     found = found or re.search(
         r"class_path '([^']+)': (?:(?:\S+ )?module '?\S+'? has no attribute|No module named|Import of)", text
     )
@@ -89,6 +135,9 @@ def _key(text: str) -> str:
 
 def _type(text: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("NoneType", "null")
+    text = re.sub(
+        r"(?:typing\.)?Callable\[\[[^]]*\], (?:typing\.Union\[)?(?:\w+\.)*(\w+)[^]]*\]+", r"a class of \1", text
+    )
     return re.sub(r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1", text)
 
 

@@ -9,6 +9,7 @@ from fomal.adaptation import Adapted
 from fomal.adaptation.export import SUFFIXES, Exported, export
 from fomal.cli.arguments import Arguments
 from fomal.cli.given import TRUST_HELP
+from fomal.files import check_path, check_writable
 from fomal.output import tell
 
 
@@ -31,6 +32,9 @@ def run(verb: str, args: Sequence[str]) -> Exported:
     )
     parser.add_argument("--trust", action="append", metavar="NAME", help=TRUST_HELP)
     given = parser.parse(args)
+    check_path("adapted", given.adapted)
+    if given.out is not None:
+        check_writable("out", given.out)
     model = Adapted.load(given.adapted, trust=given.trust)
     path = given.out or given.adapted / f"model{SUFFIXES[given.format]}"
     exported = export(model, path, given.format, given.transductive)

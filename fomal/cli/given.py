@@ -128,10 +128,13 @@ class Given:
         is_file = not is_text(config) and path.is_file()
         try:
             content = _safe_load(path.read_text() if is_file else config)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {config} is not valid YAML: {error}") from error
-        if isinstance(content, dict):
-            self._add("", content, path.parent if is_file else Path())
+        if not isinstance(content, dict):
+            raise UsageError(
+                f"--config {config} has no settings: give a file of `key: value`, e.g. one that was saved."
+            )
+        self._add("", content, path.parent if is_file else Path())
 
     def _add(self, key: str, value: Any, folder: Path) -> None:
         if isinstance(value, str) and _is_part(folder / value):

@@ -30,17 +30,18 @@ from fomal.callbacks import (
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.replicas import replica_loggers
 from fomal.checkpoints import meta_iterations
+from fomal.checks import countable
 from fomal.cli import VERBS, checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
-from fomal.cli.explain import explain
+from fomal.cli.explain import explain, refuse_bases, what_was_raised
 from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
 from fomal.cli.help import HELP, HelpFormatter
 from fomal.cli.start import Start
 from fomal.data.datamodule import EpisodeDataModule
 from fomal.data.replicated import ReplicatedDataModule
 from fomal.distributed import in_company, launched_processes, meet_first
-from fomal.files import atomic_replace
+from fomal.files import atomic_replace, check_path
 from fomal.learner import MetaLearner
 from fomal.moved import refusal
 from fomal.output import say, tell
@@ -52,6 +53,7 @@ from fomal.trust import Trust
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`, and
 # predictions written by `PredictionsFile`.
 _OURS = {"verbose": False, "weights_only": True, "return_predictions": False}
+_LARGEST_SEED = 2**32 - 1  # that numpy takes
 _PRINT_FLAGS = {"skip_default": "skip_default", "skip_unset": "skip_unset", "comments": "with_comments"}
 
 
@@ -209,6 +211,8 @@ class FomalCLI(LightningCLI):
             raise UsageError(f"{moved}.")
         self.config = self._parse_with_checkpoint(rest, given, Trust(trusted, set(strings(given.values))))
         links.refuse_contradictions(self.config[self.verb], given)
+        if not isinstance(seed := self.config[self.verb]["seed_everything"], bool):
+            countable(_LARGEST_SEED, seed_everything=seed)
         if prints:
             self._print_config(prints[-1].partition("=")[2])
 
@@ -226,6 +230,8 @@ class FomalCLI(LightningCLI):
     def _parse_with_checkpoint(self, rest: list[str], given: Given, trust: Trust) -> Namespace:
         """Parse on top of the checkpoint's configuration, or of the default config."""
         ckpt_path = given.values.get("ckpt_path")
+        if ckpt_path is not None:
+            check_path("--ckpt_path", str(ckpt_path))
         if ckpt_path == resume.LAST_KEYWORD:
             ckpt_path = self._find_last(rest, given)
             rest = [*rest, f"--ckpt_path={ckpt_path or 'null'}"]
@@ -279,9 +285,11 @@ class FomalCLI(LightningCLI):
 
     def _parse(self, rest: list[str]) -> Namespace:
         try:
-            return self.parser.parse_args([self.verb, *rest])
+            parsed = self.parser.parse_args([self.verb, *rest])
         except ArgumentError as error:
             raise UsageError(explain(str(error), self._parser(self.verb))) from error
+        refuse_bases(parsed[self.verb])
+        return parsed
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the checkpoint override the command line without a word."""
@@ -326,13 +334,8 @@ class FomalCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; raise what a constructor raised, not jsonargparse's account of all it tried."""
-        try:
+        with what_was_raised():
             super().instantiate_classes()
-        except ValueError as error:
-            root: BaseException = error
-            while str(root).startswith("Does not validate against any of the Union") and root.__cause__:
-                root = root.__cause__
-            raise root from None
 
     def after_instantiate_classes(self) -> None:
         """Refuse a meta-batch that does not divide; tell the model its configuration, for checkpoints and results."""

@@ -14,7 +14,7 @@ from fomal.data.sampler import SPLITS
 from fomal.data.selection import EVERY, Selection
 from fomal.data.source import FileSource, Source
 from fomal.data.table import read_table
-from fomal.files import read_regular
+from fomal.files import check_path, read_regular
 from fomal.output import rank_zero_info, rank_zero_warn, unquoted
 
 LARGEST_TABLE = 2**28
@@ -120,6 +120,7 @@ def _known_split(name: str) -> str:
 
 
 def _opened(source: Source, given: str, split: str) -> Manifest:
+    check_path("labels", given)
     path, where = Path(given).expanduser(), f"labels={given!r}"
     inside = PurePosixPath(given).as_posix()
     if not path.exists() and inside in source.names:

@@ -8,6 +8,7 @@ from fomal.data.npz_source import NpzSource
 from fomal.data.source_base import LARGEST_RATIO, ArraySource, Content, FileSource, FolderSource, Source
 from fomal.data.tar_source import TarSource, is_tar
 from fomal.data.zip_source import ZipSource
+from fomal.files import check_path
 
 __all__ = [
     "LARGEST_RATIO",
@@ -36,6 +37,7 @@ def open_source(root: str, setting: str = "root", cache_gb: float = 4.0) -> Sour
         FileNotFoundError: there is none.
         ValueError: the archive is damaged, hostile or too large.
     """
+    check_path(setting, root)
     path = Path(root).expanduser()
     if path.is_dir():
         return FolderSource(path, setting)

@@ -100,3 +100,10 @@ def support(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten more images of each of the new classes."""
     return colour_images(tmp_path_factory.mktemp("queries"), ["new20", "new21", "new22"], 10, size=24, seed=2)
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path, support: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "m"
+    main(["adapt", "--ckpt_path", str(checkpoint), "--support", str(support), "--out", str(folder)])
+    return folder
