@@ -1,15 +1,49 @@
 """fomal: few-shot learners trained with Reptile, first-order MAML and their family, on Lightning."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; `__getattr__` imports the same
+    from fomal.adaptation import Adapted, Predictions, adapt
+    from fomal.evaluation import ClassificationResult, RegressionResult
+    from fomal.inner import InnerOptimizer
+    from fomal.learner import MetaLearner
+    from fomal.outer import OuterRule
+    from fomal.tasks import Episode, EpisodeDataModule
 
 __version__ = "0.1.0"
 
-_FOR_USERS = ("Adapted", "adapt")  # of fomal.adaptation
+_PLACES = {
+    "adaptation": ("Adapted", "Predictions", "adapt"),
+    "evaluation": ("ClassificationResult", "RegressionResult"),
+    "inner": ("InnerOptimizer",),
+    "learner": ("MetaLearner",),
+    "outer": ("OuterRule",),
+    "tasks": ("Episode", "EpisodeDataModule"),
+}
+_FOLDER_OF = {name: folder for folder, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "Adapted",
+    "ClassificationResult",
+    "Episode",
+    "EpisodeDataModule",
+    "InnerOptimizer",
+    "MetaLearner",
+    "OuterRule",
+    "Predictions",
+    "RegressionResult",
+    "adapt",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import what users call when they call it, since torch and Lightning take seconds."""
-    if name not in _FOR_USERS:
+    if name not in _FOLDER_OF:
         raise AttributeError(f"module 'fomal' has no attribute {name!r}")
-    return getattr(import_module("fomal.adaptation"), name)
+    return getattr(import_module(f"fomal.{_FOLDER_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """All public names, whether they are imported already or not."""
+    return sorted({*globals(), *__all__})

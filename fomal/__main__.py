@@ -6,7 +6,7 @@ Ctrl-C and SIGTERM end it without a traceback from its first line to its last.
 import signal
 import sys
 
-from fomal.signals import at_once, listen
+from fomal.run.stop_signals import at_once, listen
 
 
 def main() -> None:

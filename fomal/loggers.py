@@ -19,8 +19,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from fomal.files import WriteError, naming, write_csv
-from fomal.output import rank_zero_warn
+from fomal.utils.files import WriteError, naming, write_csv
+from fomal.utils.output import rank_zero_warn
 
 _INIT_TIMEOUT = 30.0  # seconds; W&B's own is 90, and it takes ten more
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fomal import tree
 from fomal.cli import main
-from fomal.data.episode import Episode
-from fomal.data.sampler import minibatch_plan
+from fomal.engine.tracing import Recorder
+from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.inner.recorded import Recorder
-from fomal.inner.rollout import InnerLoop
-from fomal.models import Conv4
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import minibatch_plan
+from fomal.utils import tree
+from tests.helpers.episodes import SmallConv, classification_episode
 
 
 def shared_data(name: str) -> Path:
@@ -61,31 +61,6 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """But in tests marked so."""
     if "recorded" in request.keywords:
         monkeypatch.setattr(Recorder, "__call__", RECORD)
-
-
-class SmallConv(nn.Module):
-    """A small classifier with batch norm, quick in float64."""
-
-    def __init__(self, ways: int = 3) -> None:
-        super().__init__()
-        self.net = Conv4(ways=ways, in_channels=1, image_size=9, filters=4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def classification_episode(tasks: int = 4, ways: int = 3, shots: int = 4, query: int = 2, seed: int = 0) -> Episode:
-    """Random images, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(ways)
-    return Episode(
-        support_x=torch.rand(tasks, ways * shots, 1, 9, 9, generator=generator, dtype=torch.float64),
-        support_y=labels.repeat_interleave(shots).expand(tasks, -1),
-        query_x=torch.rand(tasks, ways * query, 1, 9, 9, generator=generator, dtype=torch.float64),
-        query_y=labels.repeat_interleave(query).expand(tasks, -1),
-        number=torch.arange(tasks),
-        ways=ways,
-    )
 
 
 @pytest.fixture

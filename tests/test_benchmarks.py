@@ -11,14 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fomal import captured
+from fomal.engine import cuda_graph as captured
 from fomal.models import MLP, Conv4
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import machine, measure, memory, ours, precision
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.peers.jax import Layout
 from tests.benchmarks.works import KINDS, RUN_AS, WORKS, RandomImages
-from tests.recording import tape
+from tests.helpers.recording import tape
 
 
 def small(channels: int, size: int, downsample: str):

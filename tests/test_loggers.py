@@ -23,7 +23,7 @@ from wandb.wandb_agent import Agent
 from fomal.cli import configs_dir, main
 from fomal.cli.run import FomalCLI
 from fomal.loggers import WandbLogger
-from tests.sine import tiny_model
+from tests.helpers.sine import tiny_model
 
 RUN = {
     "seed_everything": 3,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fomal.adaptation.model import Adapted
-from fomal.checks import first_line, one_of
-from fomal.files import naming
 from fomal.models.norm import has_batch_norm
+from fomal.utils.checks import first_line, one_of
+from fomal.utils.files import naming
 
 Format = Literal["onnx", "torch-export"]
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}

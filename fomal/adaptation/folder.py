@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fomal.build import build_network
-from fomal.checks import first_line
-from fomal.data.image_format import ImageFormat
-from fomal.files import UnreadableFile, read_regular, refuse_unreadable
+from fomal.data.images.image_format import ImageFormat
+from fomal.learner.build import build_network
+from fomal.learner.restoring import take_dtypes
 from fomal.models.head import resize_head
 from fomal.models.norm import use_batch_statistics
-from fomal.restoring import take_dtypes
-from fomal.schema import Mismatch, check_model, check_tensors
+from fomal.run.schema import Mismatch, check_model, check_tensors
+from fomal.utils.checks import first_line
+from fomal.utils.files import UnreadableFile, read_regular, refuse_unreadable
 
 ABOUT, WEIGHTS, SUPPORT = "model.json", "model.safetensors", "support.safetensors"
 _LARGEST = 2**26  # bytes of the JSON
@@ -92,7 +92,7 @@ def make_network(folder: Path, about: Mapping[str, Any], trust: Collection[str] 
     Args:
         folder: of the model.
         about: the content of its `model.json`.
-        trust: names that it may use, see `fomal.trust`.
+        trust: names that it may use, see `fomal.run.trust`.
 
     Raises:
         Mismatch: the weights do not fit the network, or their file is damaged.

@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.adaptation.model import Adapted
-from fomal.build import build, read_checkpoint
-from fomal.checkpoints import find
-from fomal.checks import MANY, countable, positive
-from fomal.data.datamodule import EpisodeDataModule, split_index
-from fomal.data.episode import Episode
-from fomal.data.image_format import ImageFormat
+from fomal.data.images.image_format import ImageFormat
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer
-from fomal.learner import REPLICAS_GIVEN, MetaLearner
+from fomal.learner.build import build, read_checkpoint
+from fomal.learner.meta_learner import REPLICAS_GIVEN, MetaLearner
+from fomal.learner.restoring import misfits, take_dtypes
+from fomal.learner.watch import nonfinite, refuse_nonfinite_weights
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
-from fomal.output import rank_zero_info
-from fomal.random import LARGEST_SEED
-from fomal.restoring import misfits, take_dtypes
-from fomal.schema import check_tensors
-from fomal.trust import Trust
-from fomal.versions import versions
-from fomal.watch import nonfinite, refuse_nonfinite_weights
+from fomal.run.checkpoints import find
+from fomal.run.provenance import versions
+from fomal.run.schema import check_tensors
+from fomal.run.trust import Trust
+from fomal.tasks.datamodule import EpisodeDataModule, split_index
+from fomal.tasks.episode import Episode
+from fomal.tasks.philox import LARGEST_SEED
+from fomal.utils.checks import MANY, countable, positive
+from fomal.utils.output import rank_zero_info
 
 
 def adapt(
@@ -66,7 +66,7 @@ def adapt(
         learner: how the checkpoint's learner is made, where it was made in Python and not from a configuration.
         image_format: what images become; None: as the checkpoint's data module says.
         trust: names of classes, or packages, that the checkpoint may use beside fomal's and torch's, which it is
-            otherwise refused for, before they are imported; see `fomal.trust`.
+            otherwise refused for, before they are imported; see `fomal.run.trust`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

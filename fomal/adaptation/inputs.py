@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fomal.data.image_format import ImageFormat, Remarks
-from fomal.data.source import is_archive, open_source
-from fomal.files import read_regular
-from fomal.output import rank_zero_warn
+from fomal.data.images.image_format import ImageFormat, Remarks
+from fomal.data.images.source import is_archive, open_source
+from fomal.utils.files import read_regular
+from fomal.utils.output import rank_zero_warn
 
 ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
 """A file, an image of Pillow's, an array (H, W) or (H, W, C), or a tensor (C, H, W); uint8, or of more than 8 bits as

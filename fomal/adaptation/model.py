@@ -26,13 +26,13 @@ from fomal.adaptation.folder import (
     read_support,
 )
 from fomal.adaptation.inputs import ImageLike, decode_all
-from fomal.checks import first_line
-from fomal.data.image_format import ImageFormat
-from fomal.files import naming
+from fomal.data.images.image_format import ImageFormat
 from fomal.inner.objective import Objective
 from fomal.models.norm import has_batch_norm
-from fomal.schema import MODEL_FORMAT, Mismatch
-from fomal.tree import Tree, detach
+from fomal.run.schema import MODEL_FORMAT, Mismatch
+from fomal.utils.checks import first_line
+from fomal.utils.files import naming
+from fomal.utils.tree import Tree, detach
 
 _TOGETHER = 256  # images in a forward pass, where each to be predicted brings the support set along
 
@@ -174,7 +174,7 @@ class Adapted:
             folder: may be somebody else's: nothing in it is run.
             device: where the network goes.
             trust: names of classes, or packages, that the folder may use beside fomal's and torch's, which it is
-                otherwise refused for, before they are imported; see `fomal.trust`.
+                otherwise refused for, before they are imported; see `fomal.run.trust`.
 
         Raises:
             FileNotFoundError: it lacks a file.

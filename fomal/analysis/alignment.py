@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fomal.analysis.terms import Estimate
-from fomal.data.episode import Episode
 from fomal.inner.objective import Objective
-from fomal.tree import Tree, stack
+from fomal.tasks.episode import Episode
+from fomal.utils.tree import Tree, stack
 
 
 class Alignment(NamedTuple):

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fomal import tree
-from fomal.data.episode import Episode
-from fomal.data.sampler import Plan, minibatch_plan
+from fomal.engine.functional import plain_attention
 from fomal.inner import SGD
-from fomal.inner.functional import plain_attention
+from fomal.inner.loop import InnerLoop, take
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import InnerLoop, take
 from fomal.outer.rule import OuterRule
-from fomal.tree import Tree
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import Plan, minibatch_plan
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from fomal.analysis.problem import Problem
 from fomal.analysis.taylor import geometric, leading_terms, norm, residuals, slope
 from fomal.analysis.terms import Terms, estimate_terms
-from fomal.checks import MANY, nonnegative, positive
-from fomal.data.episode import Episode
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.outer import FOMAML, MAML, BinomialMAML, OuterRule, QueryFOMAML, Reptile, TruncatedMAML
-from fomal.tree import Tree
+from fomal.tasks.episode import Episode
+from fomal.utils.checks import MANY, nonnegative, positive
+from fomal.utils.tree import Tree
 
 Watch = Callable[[Sequence[Tensor], str], Iterable[Tensor]]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fomal import tree
 from fomal.analysis.problem import Problem
 from fomal.outer.rule import Expansion, OuterRule
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 
 def leading_terms(problem: Problem, expansion: Expansion) -> tuple[Tree, Tree]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomal.analysis.problem import Problem
 from fomal.outer.rule import OuterRule
-from fomal.tree import Tree
+from fomal.utils.tree import Tree
 
 
 class Estimate(NamedTuple):

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 
 from fomal.analysis.alignment import gradient_alignment
 from fomal.callbacks.folder import is_trial
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
-from fomal.learner import MetaLearner
-from fomal.replicas import Replicas
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode
 
 
 class GradientAlignment(Callback):

@@ -17,15 +17,15 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.signals import requeue, requeue_signal
-from fomal.checkpoints import LAST, PREVIOUS, publish
-from fomal.checks import positive
-from fomal.distributed import together
-from fomal.files import keep_earlier
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas, replica_checkpoint, replica_folder
 from fomal.loggers import survive_full_disks
-from fomal.output import rank_zero_info
-from fomal.replicas import Replicas, replica_checkpoint, replica_folder
-from fomal.signals import EXIT_CODE, Handlers, leave
+from fomal.run.checkpoints import LAST, PREVIOUS, publish
+from fomal.run.stop_signals import EXIT_CODE, Handlers, leave
+from fomal.utils.checks import positive
+from fomal.utils.files import keep_earlier
+from fomal.utils.output import rank_zero_info
+from fomal.utils.processes import together
 
 
 class SaveLast(Checkpoint):

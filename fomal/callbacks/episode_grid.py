@@ -10,15 +10,15 @@ from torch import Tensor
 from fomal.callbacks.figures import aside
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.parts import Part, parts_of
-from fomal.checks import countable, positive
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
-from fomal.evaluation import ClassificationResult
-from fomal.files import dispensable
-from fomal.learner import MetaLearner
+from fomal.evaluation.protocols import ClassificationResult
+from fomal.learner.meta_learner import MetaLearner
 from fomal.loggers import log_figure
-from fomal.output import rank_zero_info
 from fomal.plots.episode_grid import draw_episode, is_image
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode
+from fomal.utils.checks import countable, positive
+from fomal.utils.files import dispensable
+from fomal.utils.output import rank_zero_info
 
 
 class EpisodeGrid(Callback):

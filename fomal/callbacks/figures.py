@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import Callback
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.parts import Part, parts_of
-from fomal.data.episode import Episode
-from fomal.files import dispensable
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.loggers import log_figure
-from fomal.output import rank_zero_info, rank_zero_warn
 from fomal.plots.adaptation import draw_adaptation
 from fomal.plots.curve import draw_curve
+from fomal.tasks.episode import Episode
+from fomal.utils.files import dispensable
+from fomal.utils.output import rank_zero_info, rank_zero_warn
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import lightning as L
 
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.replicated import ReplicatedDataModule
-from fomal.learner import MetaLearner
-from fomal.replicas import Replicas, replica_folder
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas, replica_folder
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.replicated import ReplicatedDataModule
 
 
 class Part(NamedTuple):

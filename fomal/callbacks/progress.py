@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fomal.terminal import PlainConsole, logs_to_stderr
+from fomal.utils.terminal import PlainConsole, logs_to_stderr
 
 _FIGURES = ("val/accuracy", "val/accuracy_transductive", "val/loss")
 

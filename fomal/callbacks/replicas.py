@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.files import keep_earlier, write_text
+from fomal.learner.replicas import Replicas, replica_folder
 from fomal.loggers import survive_full_disks
-from fomal.replicas import Replicas, replica_folder
+from fomal.utils.files import keep_earlier, write_text
 
 
 class ReplicaFiles(Callback):

@@ -15,16 +15,16 @@ from rich.table import Table
 from torch import Tensor
 
 from fomal.callbacks.folder import run_folder
-from fomal.checkpoints import meta_iterations
-from fomal.data.episode import Episode
-from fomal.distributed import gather
-from fomal.files import write_csv, write_text
-from fomal.learner import MetaLearner
-from fomal.metrics import student_interval
-from fomal.output import rank_zero_info
-from fomal.replicas import Replicas, replica_folder
-from fomal.terminal import PlainConsole
-from fomal.versions import commits, versions
+from fomal.evaluation.metrics import student_interval
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas, replica_folder
+from fomal.run.checkpoints import meta_iterations
+from fomal.run.provenance import commits, versions
+from fomal.tasks.episode import Episode
+from fomal.utils.files import write_csv, write_text
+from fomal.utils.output import rank_zero_info
+from fomal.utils.processes import gather
+from fomal.utils.terminal import PlainConsole
 
 
 class ResultsFile(Callback):

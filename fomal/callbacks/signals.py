@@ -10,8 +10,8 @@ import subprocess
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from fomal.output import rank_zero_info, rank_zero_warn
-from fomal.signals import EXIT_CODE, Handlers, leave
+from fomal.run.stop_signals import EXIT_CODE, Handlers, leave
+from fomal.utils.output import rank_zero_info, rank_zero_warn
 
 
 class ExitOnSigterm(Callback):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 from fomal import __version__
 from fomal.cli.configs import DEFAULT, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.files import is_full, unwritten
-from fomal.output import one_line
-from fomal.signals import in_order, listen
+from fomal.run.stop_signals import in_order, listen
+from fomal.utils.files import is_full, unwritten
+from fomal.utils.output import one_line
 
 __all__ = ["VERBS", "Verb", "configs_dir", "main"]
 
@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> Any:
             sys.path.append("")  # so that configs can name classes in the current folder, as with `python -m fomal`
         run = importlib.import_module(VERBS[verb].module).run
         if args is None:
-            importlib.import_module("fomal.terminal").own()
+            importlib.import_module("fomal.utils.terminal").own()
             listen(in_order)  # from here on there may be files to finish or to remove
         made = run(verb, rest)
     except KeyboardInterrupt as error:

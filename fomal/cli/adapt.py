@@ -15,23 +15,23 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation.from_checkpoint import image_format_of
 from fomal.adaptation.model import refuse_existing
-from fomal.checkpoints import find, verify
-from fomal.checks import first_line
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain, what_was_raised
 from fomal.cli.given import TRUST_HELP, take_trust
 from fomal.cli.help import HelpFormatter
 from fomal.cli.images import add_image_options, selection, table_settings
-from fomal.data.columns import AUTOMATIC, TableSettings
-from fomal.data.image_files import usable
-from fomal.data.image_format import ImageFormat
-from fomal.data.manifest import list_images
-from fomal.data.selection import EVERY, Selection, tell_left_out
-from fomal.data.source import open_source
-from fomal.data.store import Decoding, scan
-from fomal.files import check_path, check_writable, refuse_unreadable
+from fomal.data.images.columns import AUTOMATIC, TableSettings
+from fomal.data.images.image_files import usable
+from fomal.data.images.image_format import ImageFormat
+from fomal.data.images.manifest import list_images
+from fomal.data.images.selection import EVERY, Selection, tell_left_out
+from fomal.data.images.source import open_source
+from fomal.data.images.store import Decoding, scan
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.output import tell
+from fomal.run.checkpoints import find, verify
+from fomal.utils.checks import first_line
+from fomal.utils.files import check_path, check_writable, refuse_unreadable
+from fomal.utils.output import tell
 
 _LONGEST = 300  # characters of torch's reason
 _SHOWN = 10  # classes named in the message

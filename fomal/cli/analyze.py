@@ -16,20 +16,20 @@ from rich.table import Table
 
 from fomal.analysis.report import Report, analyze, check_sizes, standard_rules
 from fomal.analysis.terms import Coefficients, Estimate, Terms
-from fomal.build import read_checkpoint
 from fomal.cli.errors import UsageError
 from fomal.cli.run import FomalCLI, run_cli
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
-from fomal.files import check_writable, write_text
 from fomal.inner import SGD, SGLD
-from fomal.learner import MetaLearner
+from fomal.learner.build import read_checkpoint
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.restoring import check_module, misfits
+from fomal.learner.watch import refuse_nonfinite_weights
 from fomal.outer.rule import OuterRule
-from fomal.output import say, tell
 from fomal.plots.taylor import draw_taylor
-from fomal.restoring import check_module, misfits
-from fomal.terminal import PlainConsole
-from fomal.watch import refuse_nonfinite_weights
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode
+from fomal.utils.files import check_writable, write_text
+from fomal.utils.output import say, tell
+from fomal.utils.terminal import PlainConsole
 
 
 def run(verb: str, args: Sequence[str]) -> FomalCLI:

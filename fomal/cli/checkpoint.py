@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fomal.build import read_checkpoint, sections
-from fomal.checkpoints import LAST, PREVIOUS, find
 from fomal.cli.errors import UsageError
 from fomal.cli.given import same_value, short_key
-from fomal.output import say, tell
-from fomal.trust import Trust
+from fomal.learner.build import read_checkpoint, sections
+from fomal.run.checkpoints import LAST, PREVIOUS, find
+from fomal.run.trust import Trust
+from fomal.utils.output import say, tell
 
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkpoint it finds itself
 

@@ -15,23 +15,23 @@ from rich.table import Table
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fomal.adaptation import Adapted, Predictions
-from fomal.checks import first_line
 from fomal.cli.adapt import check_device
 from fomal.cli.arguments import Arguments
 from fomal.cli.compare import check_kind, save
 from fomal.cli.errors import UsageError
 from fomal.cli.given import TRUST_HELP
 from fomal.cli.images import add_image_options, selection, table_settings
-from fomal.data.columns import TableSettings
-from fomal.data.image_files import report
-from fomal.data.manifest import by_labels
-from fomal.data.selection import tell_left_out
-from fomal.data.source import FileSource, Source, is_archive, open_source
-from fomal.data.store import Decoding, scan
-from fomal.files import atomic_replace, check_path, check_writable
-from fomal.output import quoted, shown, tell
+from fomal.data.images.columns import TableSettings
+from fomal.data.images.image_files import report
+from fomal.data.images.manifest import by_labels
+from fomal.data.images.selection import tell_left_out
+from fomal.data.images.source import FileSource, Source, is_archive, open_source
+from fomal.data.images.store import Decoding, scan
 from fomal.plots.contact_sheet import SHOWN, contact_sheet
-from fomal.terminal import PlainConsole
+from fomal.utils.checks import first_line
+from fomal.utils.files import atomic_replace, check_path, check_writable
+from fomal.utils.output import quoted, shown, tell
+from fomal.utils.terminal import PlainConsole
 
 _AT_ONCE = 256  # images in memory, unless they are to be seen together
 _WIDEST = 15  # classes of a confusion matrix that fits a terminal

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from fomal.cli.arguments import Arguments
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.files import check_path, check_writable, write_csv
-from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of, scale_of
 from fomal.plots.runs import Method, Run, differing_settings, find_runs, methods, read_run
 from fomal.plots.save import save_figure
-from fomal.terminal import PlainConsole
+from fomal.utils.files import check_path, check_writable, write_csv
+from fomal.utils.output import say, shown, tell
+from fomal.utils.terminal import PlainConsole
 
 # Files of a run that a table beside a figure of the same name would replace.
 _OF_A_RUN = ("metrics", "predictions")

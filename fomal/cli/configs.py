@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.files import check_path
+from fomal.utils.files import check_path
 
 DEFAULT = "sinusoid/reptile"
 

@@ -20,11 +20,11 @@ from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, sa
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
 from fomal.cli.given import TRUST_HELP, Given, is_import_path, same_value, short_key, strings, with_config_paths
-from fomal.output import say, shown, tell
 from fomal.plots.compare import compare_figure, name_of
 from fomal.plots.runs import Method, Run, flat_settings, read_run
 from fomal.plots.sweep import sweep_figure
-from fomal.terminal import PlainConsole
+from fomal.utils.output import say, shown, tell
+from fomal.utils.terminal import PlainConsole
 
 # A test brings its settings from the checkpoint, but not the machine's.
 _MACHINE = (

@@ -15,7 +15,7 @@ import yaml
 
 from fomal.cli.configs import config_names, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.files import check_path
+from fomal.utils.files import check_path
 
 _KEYS = {"title", "base", "settings", "methods", "sweeps"}
 _POINT_KEYS = {"at", "settings", "methods"}

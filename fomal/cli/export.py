@@ -9,8 +9,8 @@ from fomal.adaptation import Adapted
 from fomal.adaptation.export import SUFFIXES, Exported, export
 from fomal.cli.arguments import Arguments
 from fomal.cli.given import TRUST_HELP
-from fomal.files import check_path, check_writable
-from fomal.output import tell
+from fomal.utils.files import check_path, check_writable
+from fomal.utils.output import tell
 
 
 def run(verb: str, args: Sequence[str]) -> Exported:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fomal.data.columns import TableSettings
-from fomal.data.selection import Selection
+from fomal.data.images.columns import TableSettings
+from fomal.data.images.selection import Selection
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

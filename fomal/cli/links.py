@@ -9,12 +9,12 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fomal.build import SEED, WAYS
 from fomal.cli.checkpoint import imported
 from fomal.cli.errors import UsageError
 from fomal.cli.given import Given, loaded, short_key
-from fomal.data.datamodule import EpisodeDataModule
+from fomal.learner.build import SEED, WAYS
 from fomal.models.classifier import ALIASES, Classifier
+from fomal.tasks.datamodule import EpisodeDataModule
 
 NETWORK = "model.network"
 # Settings of data that decide no size of a network, beside those of every data module.

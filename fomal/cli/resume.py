@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from fomal.checkpoints import newest, version_folders
-from fomal.files import keep_earlier, write_csv
+from fomal.run.checkpoints import newest, version_folders
+from fomal.utils.files import keep_earlier, write_csv
 
 LAST_KEYWORD = "last"
 _FOLDERS = ("CSVLogger", "TensorBoardLogger")  # these keep the run in save_dir/name/version

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from fomal.build import SEED, VARIED, add_arguments, build_own, close, replica_configs, stream_seed
 from fomal.callbacks import (
     EpisodeGrid,
     ExitOnSigterm,
@@ -29,8 +28,6 @@ from fomal.callbacks import (
 )
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.replicas import replica_loggers
-from fomal.checkpoints import meta_iterations
-from fomal.checks import countable
 from fomal.cli import VERBS, checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
@@ -38,17 +35,20 @@ from fomal.cli.explain import explain, refuse_bases, what_was_raised
 from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
 from fomal.cli.help import HELP, HelpFormatter
 from fomal.cli.start import Start
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.replicated import ReplicatedDataModule
-from fomal.distributed import in_company, launched_processes, meet_first
-from fomal.files import atomic_replace, check_path
-from fomal.learner import MetaLearner
-from fomal.moved import refusal
-from fomal.output import say, tell
-from fomal.preflight import check_epochs, check_outer_step, check_precision
-from fomal.replicas import Replicas
-from fomal.terminal import calm_lightning
-from fomal.trust import Trust
+from fomal.learner.build import SEED, VARIED, add_arguments, build_own, close, replica_configs, stream_seed
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.preflight import check_epochs, check_outer_step, check_precision
+from fomal.learner.replicas import Replicas
+from fomal.run.checkpoints import meta_iterations
+from fomal.run.moved import refusal
+from fomal.run.trust import Trust
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.replicated import ReplicatedDataModule
+from fomal.utils.checks import countable
+from fomal.utils.files import atomic_replace, check_path
+from fomal.utils.output import say, tell
+from fomal.utils.processes import in_company, launched_processes, meet_first
+from fomal.utils.terminal import calm_lightning
 
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`, and
 # predictions written by `PredictionsFile`.

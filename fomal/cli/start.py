@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from fomal.callbacks.folder import is_trial, run_folder
-from fomal.files import keep_earlier
+from fomal.utils.files import keep_earlier
 
 _OF_A_START = ("config.yaml", "metrics.csv", "hparams.yaml", "checkpoints")
 

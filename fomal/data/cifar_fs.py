@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import CIFAR100
 
-from fomal.data.image_files import ImageFilesDataModule
-from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing
-from fomal.data.partition import partition
-from fomal.data.source import ArraySource, Source, open_source
-from fomal.files import open_regular
-from fomal.output import rank_zero_info
+from fomal.data.images.image_files import ImageFilesDataModule
+from fomal.data.images.listing import Listed, Listing, by_folders, enumerated, sorted_listing
+from fomal.data.images.partition import partition
+from fomal.data.images.source import ArraySource, Source, open_source
+from fomal.utils.files import open_regular
+from fomal.utils.output import rank_zero_info
 
 IMAGES = 600  # of each class
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomal.checks import height_and_width, nonnegative, positive, several
-from fomal.data.datamodule import EpisodeDataModule, split_index
-from fomal.data.episode import Episode
-from fomal.data.image_format import ImageFormat
-from fomal.data.sampler import task_words
-from fomal.random import below, uniform
+from fomal.data.images.image_format import ImageFormat
+from fomal.tasks.datamodule import EpisodeDataModule, split_index
+from fomal.tasks.episode import Episode
+from fomal.tasks.philox import below, uniform
+from fomal.tasks.sampler import task_words
+from fomal.utils.checks import height_and_width, nonnegative, positive, several
 
 GRID = 4  # anchors in a row, and rows
 ANCHORS = GRID * GRID

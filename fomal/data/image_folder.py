@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fomal.checks import countable, nonnegative, one_of
-from fomal.data.columns import TableSettings
-from fomal.data.image_files import ImageFilesDataModule
-from fomal.data.listing import Listed, Listing
-from fomal.data.manifest import list_images
-from fomal.data.partition import How, partition
-from fomal.data.selection import Selection
-from fomal.data.source import Source, open_source
-from fomal.random import LARGEST_SEED
+from fomal.data.images.columns import TableSettings
+from fomal.data.images.image_files import ImageFilesDataModule
+from fomal.data.images.listing import Listed, Listing
+from fomal.data.images.manifest import list_images
+from fomal.data.images.partition import How, partition
+from fomal.data.images.selection import Selection
+from fomal.data.images.source import Source, open_source
+from fomal.tasks.philox import LARGEST_SEED
+from fomal.utils.checks import countable, nonnegative, one_of
 
 
 class ImageFolderDataModule(ImageFilesDataModule):

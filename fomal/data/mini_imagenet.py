@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fomal.data.cache import cache_folder, read_arrays, write_arrays
-from fomal.data.image_files import ImageFilesDataModule
-from fomal.data.image_format import Fit
-from fomal.data.listing import Listed, Listing, by_folders, enumerated, sorted_listing, split_named
-from fomal.data.manifest import Manifest, read_manifests
-from fomal.data.partition import partition
-from fomal.data.pickles import load_pickle
-from fomal.data.sampler import SPLITS
-from fomal.data.source import ArraySource, Source, open_source
+from fomal.data.images.cache import cache_folder, read_arrays, write_arrays
+from fomal.data.images.image_files import ImageFilesDataModule
+from fomal.data.images.image_format import Fit
+from fomal.data.images.listing import Listed, Listing, by_folders, enumerated, sorted_listing, split_named
+from fomal.data.images.manifest import Manifest, read_manifests
+from fomal.data.images.partition import partition
+from fomal.data.images.pickles import load_pickle
+from fomal.data.images.source import ArraySource, Source, open_source
+from fomal.tasks.sampler import SPLITS
 
 CLASSES = {"train": 64, "val": 16, "test": 20}
 IMAGES = 600  # of each class

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fomal.checks import countable, height_and_width, one_of, positive
-from fomal.data.image_format import ImageFormat
-from fomal.data.images import ClassImages, ImageDataModule
-from fomal.data.omniglot_files import PARTS, load_characters
-from fomal.data.sampler import shuffled
-from fomal.random import LARGEST_SEED
+from fomal.data.images.class_images import ClassImages, ImageDataModule
+from fomal.data.images.image_format import ImageFormat
+from fomal.data.images.omniglot_files import PARTS, load_characters
+from fomal.tasks.philox import LARGEST_SEED
+from fomal.tasks.sampler import shuffled
+from fomal.utils.checks import countable, height_and_width, one_of, positive
 
 
 class OmniglotDataModule(ImageDataModule):

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fomal.data.datamodule import EpisodeDataModule, split_index
-from fomal.data.episode import Episode
-from fomal.data.sampler import task_words
-from fomal.random import uniform
+from fomal.tasks.datamodule import EpisodeDataModule, split_index
+from fomal.tasks.episode import Episode
+from fomal.tasks.philox import uniform
+from fomal.tasks.sampler import task_words
 
 INTERVAL = (-5.0, 5.0)
 

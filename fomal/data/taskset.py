@@ -16,12 +16,12 @@ from torch import Tensor
 from torchvision.datasets import Omniglot, omniglot
 from torchvision.datasets.utils import check_integrity
 
-from fomal.checks import countable, one_of, positive, several
-from fomal.data.datamodule import EpisodeDataModule, image_sizes, split_index
-from fomal.data.episode import Episode
-from fomal.data.sampler import SPLITS, task_words
-from fomal.output import rank_zero_info
-from fomal.random import LARGEST_SEED
+from fomal.tasks.datamodule import EpisodeDataModule, image_sizes, split_index
+from fomal.tasks.episode import Episode
+from fomal.tasks.philox import LARGEST_SEED
+from fomal.tasks.sampler import SPLITS, task_words
+from fomal.utils.checks import countable, one_of, positive, several
+from fomal.utils.output import rank_zero_info
 
 # What learn2learn reads below root, and what it fetches if something of it is missing.
 BENCHMARKS = {

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fomal import tree
-from fomal.checks import nonnegative
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State, times
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.checks import nonnegative
+from fomal.utils.tree import Tree
 
 
 class Adam(InnerOptimizer):

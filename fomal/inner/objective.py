@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fomal.checks import first_line
-from fomal.fingerprint import Snapshot, settings
-from fomal.inner.functional import forward, full_precision, helpers, plain_attention, with_helpers
+from fomal.engine.functional import forward, full_precision, helpers, plain_attention, with_helpers
+from fomal.engine.tracing import Recorder
 from fomal.inner.optimizer import InnerOptimizer, State
-from fomal.inner.recorded import Recorder
-from fomal.tree import Tree, detach, difference, stack
+from fomal.utils.checks import first_line
+from fomal.utils.fingerprint import Snapshot, settings
+from fomal.utils.tree import Tree, detach, difference, stack
 
 log = logging.getLogger(__name__)
 

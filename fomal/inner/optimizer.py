@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fomal import tree
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 State = dict[str, Tree]
 """Named parameter dicts, e.g. {"second_moment": {...}}; counters, which all tasks share, are in "shared"."""

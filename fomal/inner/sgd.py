@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fomal import tree
-from fomal.checks import nonnegative
 from fomal.inner.optimizer import InnerOptimizer, State, descend
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.checks import nonnegative
+from fomal.utils.tree import Tree
 
 
 class SGD(InnerOptimizer):

@@ -8,12 +8,12 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from fomal import tree
-from fomal.checks import nonnegative
-from fomal.data.sampler import noise_words
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State, descend
-from fomal.random import normal
-from fomal.tree import Tree
+from fomal.tasks.philox import normal
+from fomal.tasks.sampler import noise_words
+from fomal.utils import tree
+from fomal.utils.checks import nonnegative
+from fomal.utils.tree import Tree
 
 
 class SGLD(InnerOptimizer):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from fomal.checks import positive
 from fomal.models.head import find_head, outputs, resize_head
+from fomal.utils.checks import positive
 
 ALIASES = {
     "in_channels": "in_channels",

@@ -7,8 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.checks import WIDE, fits_as_weights, height_and_width, nonnegative, one_of, positive
 from fomal.models.norm import BatchNorm
+from fomal.utils.checks import WIDE, fits_as_weights, height_and_width, nonnegative, one_of, positive
 
 
 class Conv4(nn.Module):

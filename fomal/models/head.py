@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fomal.checks import WIDE, fits_as_weights, one_of, positive
 from fomal.models.parameters import other_places
+from fomal.utils.checks import WIDE, fits_as_weights, one_of, positive
 
 
 def find_head(network: nn.Module, ways: int | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fomal.checks import WIDE, fits_as_weights, numbers, one_of, positive
+from fomal.utils.checks import WIDE, fits_as_weights, numbers, one_of, positive
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 

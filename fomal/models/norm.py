@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fomal.checks import WIDE, fits_as_weights, nonnegative, positive
+from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, positive
 
 
 class BatchNorm(nn.Module):

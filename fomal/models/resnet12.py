@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.checks import WIDE, fits_as_weights, nonnegative, numbers, positive
 from fomal.models.norm import BatchNorm
+from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, numbers, positive
 
 _SLOPE = 0.1  # of the leaky ReLU
 

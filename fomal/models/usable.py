@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fomal.checks import first_line
-from fomal.fingerprint import changes
+from fomal.utils.checks import first_line
+from fomal.utils.fingerprint import changes
 
 
 def refuse_unusable(network: nn.Module) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomal import tree
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.inner.optimizer import InnerOptimizer, times
-from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.inner.sgd import SGD
 from fomal.outer.maml import check_order
 from fomal.outer.rule import Expansion, OuterRule, query_expansion
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 
 class BinomialMAML(OuterRule):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fomal import tree
-from fomal.checks import numbers, positive
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, step_expansion
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.checks import numbers, positive
+from fomal.utils.tree import Tree
 
 
 class StepCombination(OuterRule):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fomal import tree
-from fomal.checks import positive
-from fomal.inner.rollout import InnerLoop, Trajectory
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, query_expansion, step_expansion
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.checks import positive
+from fomal.utils.tree import Tree
 
 
 class FOMAML(OuterRule):

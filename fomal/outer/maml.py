@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fomal import tree
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.inner.rollout import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, query_expansion
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 
 class MAML(OuterRule):

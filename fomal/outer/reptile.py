@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fomal import tree
-from fomal.inner.rollout import InnerLoop, Trajectory
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.outer.rule import Expansion, OuterRule, step_expansion
-from fomal.tree import Tree
+from fomal.utils import tree
+from fomal.utils.tree import Tree
 
 
 class Reptile(OuterRule):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from fomal.checks import MANY, positive
+from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.inner.rollout import InnerLoop, Trajectory
-from fomal.tree import Tree
+from fomal.utils.checks import MANY, positive
+from fomal.utils.tree import Tree
 
 
 class Expansion(NamedTuple):

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from fomal.output import plotted, shown
 from fomal.plots.runs import Method
+from fomal.utils.output import plotted, shown
 
 LINES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv<>pXP*h"

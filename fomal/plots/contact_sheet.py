@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fomal.output import plotted
+from fomal.utils.output import plotted
 
 SHOWN = 64
 _COLUMNS = 8

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fomal.output import plotted
 from fomal.plots.save import save_figure
+from fomal.utils.output import plotted
 
 Curve = list[tuple[int, float, float]]
 

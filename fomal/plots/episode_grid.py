@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fomal.data.episode import Episode
 from fomal.plots.save import save_figure
+from fomal.tasks.episode import Episode
 
 CLASSES = 20  # at most so many rows
 _LABEL, _GAP, _ROW = 0.9, 0.5, 1.3  # in widths of an image: the classes' names, between the sets, from row to row

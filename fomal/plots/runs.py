@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from fomal.moved import current
 from fomal.plots.curve import Curve, read_curves
+from fomal.run.moved import current
 
 # Settings that make no other method: where files are, how it is computed, and the seed.
 _IGNORED = ("seed_everything", "data.seed", "data.root", "data.cache_dir", "data.download", "data.num_workers")

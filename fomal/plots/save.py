@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fomal.files import atomic_replace
+from fomal.utils.files import atomic_replace
 
 
 def save_figure(figure: Figure, path: Path, keep: bool = False) -> None:

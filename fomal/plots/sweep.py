@@ -8,8 +8,8 @@ from statistics import mean, pstdev
 
 from matplotlib.figure import Figure
 
-from fomal.output import plotted
 from fomal.plots.compare import INCHES_PER_CHARACTER, name_of, scale_of, set_scale, style_of
+from fomal.utils.output import plotted
 
 Panel = Mapping[str, Mapping[float, tuple[float, float]]]
 """Method -> value of the setting -> mean and 95 % half-width."""

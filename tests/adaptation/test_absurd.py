@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fomal.cli import main
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 
 NUMBERS = ("-1", "nan", "inf", "1" + "0" * 30, "", "abc", "[1, 2]", "true", "1.5")
 TEXTS = ("", "x\0y", "a" * 300)

@@ -17,8 +17,8 @@ from PIL import Image
 from fomal.adaptation import Adapted, Predictions
 from fomal.cli import main
 from fomal.cli.classify import _print_accuracy, wilson
-from fomal.data.manifest import by_labels
-from fomal.data.source import open_source
+from fomal.data.images.manifest import by_labels
+from fomal.data.images.source import open_source
 
 Fails = Callable[..., str]
 

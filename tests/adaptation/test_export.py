@@ -10,7 +10,7 @@ import torch
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation import export as module
 from fomal.adaptation.export import SUFFIXES, export
-from fomal.data.image_format import ImageFormat
+from fomal.data.images.image_format import ImageFormat
 from fomal.models import MLP
 
 FORMATS = list(SUFFIXES)

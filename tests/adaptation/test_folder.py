@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fomal.adaptation import Adapted
-from fomal.data.image_format import ImageFormat
+from fomal.data.images.image_format import ImageFormat
 from fomal.models import Conv4
 
 SETTINGS = {"ways": 3, "in_channels": 1, "image_size": 8, "filters": 4, "downsample": "stride"}

@@ -10,16 +10,16 @@ import torch
 
 import fomal
 from fomal.adaptation import adapt
-from fomal.build import build, read_checkpoint
 from fomal.data import OmniglotDataModule
-from fomal.data.image_format import ImageFormat
-from fomal.data.omniglot_files import decode
+from fomal.data.images.image_format import ImageFormat
+from fomal.data.images.omniglot_files import decode
 from fomal.inner import SGD, Adam
 from fomal.inner.objective import Objective
-from fomal.learner import MetaLearner
+from fomal.learner.build import build, read_checkpoint
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import Conv4
 from fomal.outer import Reptile
-from tests.oracle import loss_of
+from tests.helpers.oracle import loss_of
 
 
 def examples(support: Path) -> tuple[list[Path], list[str]]:

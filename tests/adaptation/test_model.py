@@ -17,8 +17,8 @@ from torch import nn
 
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation.inputs import decode_all
-from fomal.data.image_format import ImageFormat
-from tests.pictures import zipped
+from fomal.data.images.image_format import ImageFormat
+from tests.helpers.pictures import zipped
 
 
 @pytest.fixture(scope="module")

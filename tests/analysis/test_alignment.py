@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fomal import tree
 from fomal.analysis.alignment import gradient_alignment, halves
 from fomal.inner.objective import Objective
-from tests.conftest import classification_episode
-from tests.oracle import gradient_of
+from fomal.utils import tree
+from tests.helpers.episodes import classification_episode
+from tests.helpers.oracle import gradient_of
 
 
 class Scaled(torch.nn.Module):

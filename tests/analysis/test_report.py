@@ -10,7 +10,7 @@ import yaml
 
 from fomal.cli import main
 from fomal.plots.taylor import taylor_figure
-from tests.sine import tiny_model
+from tests.helpers.sine import tiny_model
 
 PNG = b"\x89PNG"
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fomal import tree
 from fomal.analysis.problem import Problem
 from fomal.analysis.taylor import geometric, leading_terms, residuals, slope
-from fomal.data.episode import Episode
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.inner.objective import Objective
 from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, OuterRule, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
+from fomal.tasks.episode import Episode
+from fomal.utils import tree
 
 BATCHES = 4
 RULES = {

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fomal import tree
 from fomal.analysis.problem import Problem
 from fomal.analysis.terms import _jackknife, estimate_terms
 from fomal.data.sinusoid import SinusoidDataModule
+from fomal.inner.loop import take
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import take
 from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
+from fomal.utils import tree
 
 BATCHES = 4
 RULES = {

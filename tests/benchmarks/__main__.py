@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from fomal.captured import CAPTURES
+from fomal.engine.cuda_graph import CAPTURES
 from tests.benchmarks import memory, precision, replicas, trainer
 from tests.benchmarks.machine import measure, pin
 from tests.benchmarks.measure import compare

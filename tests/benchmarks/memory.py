@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fomal.memory import peak_bytes
+from fomal.engine.chunking import peak_bytes
 from tests.benchmarks import ours
 from tests.benchmarks.measure import attempt
 from tests.benchmarks.works import Work

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from fomal import tree
 from fomal.inner import SGD
+from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import InnerLoop
 from fomal.outer import MAML, BinomialMAML, OuterRule, TruncatedMAML
+from fomal.utils import tree
 from tests.benchmarks.works import WORKS
 
 

@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from fomal.captured import CAPTURES
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.evaluation import classify
-from fomal.learner import MetaLearner
-from fomal.meta_iteration import meta_gradient
+from fomal.engine.cuda_graph import CAPTURES
+from fomal.evaluation.protocols import classify
+from fomal.learner.meta_learner import MetaLearner
+from fomal.outer.meta_gradient import meta_gradient
+from fomal.tasks.datamodule import EpisodeDataModule
 from tests.benchmarks.works import Work
 
 WARM_UP = 4  # meta-iterations of a training that do not count: they record, compile and capture

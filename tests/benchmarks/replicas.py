@@ -16,10 +16,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.replicated import ReplicatedDataModule
-from fomal.learner import MetaLearner
-from fomal.replicas import Replicas
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.replicated import ReplicatedDataModule
 from tests.benchmarks import ours
 from tests.benchmarks.measure import CHECKED_ITERATIONS, PRECISIONS, attempt, difference, in_turn, spread, tolerance
 from tests.benchmarks.trainer import seconds

@@ -37,7 +37,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from fomal.data import ImageFolderDataModule
-from fomal.data.sampler import choose
+from fomal.tasks.sampler import choose
 
 WAYS, SHOTS, QUERIES = 5, 1, 15
 TASKS = 10  # episodes in a measurement, of fomal drawn together as a meta-batch

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fomal.captured import CAPTURES
-from fomal.data.episode import Episode
+from fomal.engine.cuda_graph import CAPTURES
+from fomal.tasks.episode import Episode
 from tests.benchmarks import ours
 from tests.benchmarks.measure import CHECKED_ITERATIONS, PRECISIONS, attempt, difference, in_turn, spread, tolerance
 from tests.benchmarks.works import Work

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from fomal.data import SinusoidDataModule
-from fomal.data.datamodule import EpisodeDataModule
-from fomal.data.episode import Episode
-from fomal.data.image_format import ImageFormat
-from fomal.data.images import ClassImages, ImageDataModule
-from fomal.data.sampler import Plan, minibatch_plan
+from fomal.data.images.class_images import ClassImages, ImageDataModule
+from fomal.data.images.image_format import ImageFormat
 from fomal.inner import SGD, Adam
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP, Conv4
 from fomal.outer import FOMAML, MAML, OuterRule, QueryFOMAML, Reptile
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import Plan, minibatch_plan
 
 RULES: dict[str, Callable[[], OuterRule]] = {
     "reptile": Reptile,

@@ -13,11 +13,11 @@ from fomal.analysis.alignment import gradient_alignment
 from fomal.callbacks import GradientAlignment
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.inner import Adam
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
 from fomal.plots.curve import read_curves
-from tests.test_learner import StopAfter
+from tests.helpers.learners import StopAfter
 
 TASKS = 12
 

@@ -23,10 +23,10 @@ from fomal.callbacks.folder import run_folder
 from fomal.cli import main
 from fomal.data import SinusoidDataModule
 from fomal.inner import Adam
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
-from tests.sine import tiny_model
+from tests.helpers.sine import tiny_model
 
 
 def fit(callbacks: list[Callback], steps: int, folder: Path, **settings: Any) -> L.Trainer:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fomal.callbacks import EpisodeGrid
 from fomal.data import SinusoidDataModule
-from fomal.data.episode import Episode
-from fomal.evaluation import ClassificationResult
+from fomal.evaluation.protocols import ClassificationResult
 from fomal.models import MLP, Conv4
-from tests.callbacks.test_figures import RandomImages, assert_drawn, fit, learner
+from fomal.tasks.episode import Episode
+from tests.helpers.figures import RandomImages, assert_drawn, fit, learner
 
 
 class Noise(nn.Module):

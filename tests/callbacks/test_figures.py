@@ -12,20 +12,16 @@ import lightning as L
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor, nn
 
 from fomal import loggers
 from fomal.callbacks import AdaptationFigure, LearningCurve, SaveLast
 from fomal.data import SinusoidDataModule
-from fomal.data.episode import Episode
-from fomal.data.images import ClassImages, ImageDataModule
-from fomal.inner import Adam
-from fomal.learner import MetaLearner
 from fomal.models import MLP, Conv4
-from fomal.outer import Reptile
 from fomal.plots.curve import read_curves
-from tests.oracle import adapt_one, batches
+from fomal.tasks.episode import Episode
+from tests.helpers.figures import RandomImages, assert_drawn, fit, learner
+from tests.helpers.oracle import adapt_one, batches
 
 
 class Backwards(SinusoidDataModule):
@@ -34,38 +30,6 @@ class Backwards(SinusoidDataModule):
     def episodes(self, split: str, number: Tensor) -> Episode:
         episode = super().episodes(split, number)
         return episode._replace(query_x=episode.query_x.flip(1), query_y=episode.query_y.flip(1))
-
-
-class RandomImages(ImageDataModule):
-    """Eight classes of five random images."""
-
-    def load(self) -> dict[str, ClassImages]:
-        images = torch.rand(40, 1, 9, 9, generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
-        return dict.fromkeys(("train", "val", "test"), ClassImages.of(images, torch.full((8,), 5)))
-
-    def preprocess(self, x: Tensor) -> Tensor:
-        return x.float() / 255
-
-
-def learner(network: nn.Module) -> MetaLearner:
-    schedule = {"inner_steps": 2, "inner_batch_size": 5, "eval_inner_steps": 6, "eval_inner_batch_size": 4}
-    return MetaLearner(network, Reptile(), Adam(0.01), **schedule)
-
-
-def fit(model: MetaLearner, data: L.LightningDataModule, folder: Path, *callbacks: Any, **settings: Any) -> None:
-    logger = L.pytorch.loggers.CSVLogger(folder, name="", version="run")
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    steps = {"max_steps": 4, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
-    trainer = L.Trainer(accelerator="cpu", logger=logger, callbacks=list(callbacks), **{**quiet, **steps, **settings})
-    trainer.fit(model, datamodule=data)
-
-
-def assert_drawn(path: Path) -> None:
-    with Image.open(path) as image:
-        image.load()
-        assert image.format == "PNG"
-        assert min(image.size) > 400
-        assert len(image.getcolors(1 << 24) or ()) > 20  # not blank
 
 
 def test_both_figures_are_in_the_folder_of_the_run(tmp_path: Path) -> None:

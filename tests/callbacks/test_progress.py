@@ -18,10 +18,10 @@ from rich.console import Console
 from fomal.callbacks import MetaProgressBar
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
-from fomal.terminal import PlainConsole
+from fomal.utils.terminal import PlainConsole
 
 
 def trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:

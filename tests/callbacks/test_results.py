@@ -21,12 +21,12 @@ import fomal
 from fomal.callbacks import PredictionsFile, ResultsFile
 from fomal.callbacks.results import _regression_rows
 from fomal.cli import main
-from fomal.data.images import ClassImages, ImageDataModule
+from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import SGD
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import Conv4
 from fomal.outer import Reptile
-from tests.sine import tiny_model
+from tests.helpers.sine import tiny_model
 
 TASKS, WAYS, QUERIES = 7, 3, 2
 

@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR100, cifar
 from fomal.data import CIFARFSDataModule, FC100DataModule
 from fomal.data.cifar_fs import CIFAR_FS, FC100
 from tests.conftest import shared_data
-from tests.pictures import write_images
+from tests.helpers.pictures import write_images
 
 # The 20 superclasses of CIFAR-100 (Krizhevsky 2009) in alphabetical order.
 SUPERCLASSES = {

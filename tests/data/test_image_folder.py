@@ -23,8 +23,8 @@ from fomal.cli import main
 from fomal.cli.checkpoint import refuse_differences
 from fomal.cli.errors import UsageError
 from fomal.data import ImageFolderDataModule
-from fomal.data.image_format import ImageFormat
-from tests.pictures import encoded, picture, write_images, zipped
+from fomal.data.images.image_format import ImageFormat
+from tests.helpers.pictures import encoded, picture, write_images, zipped
 
 SPLITS = {"train": ("ant", "bee", "cat", "dog"), "val": ("elk", "fox"), "test": ("gnu", "hen", "ibis")}
 SMALL = {"ways": 2, "shots": 2, "query_shots": 1, "train_query_shots": 1, "image_size": 8, "meta_batch_size": 3}

@@ -19,7 +19,7 @@ from PIL import Image
 from fomal.cli import main
 from fomal.data import MiniImageNetDataModule, mini_imagenet
 from fomal.data.mini_imagenet import find_form
-from tests.pictures import encoded, picture, zipped
+from tests.helpers.pictures import encoded, picture, zipped
 
 SMALL = {"train": 3, "val": 2, "test": 2}
 EACH = 4  # images of a small class

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import Omniglot
 
-from fomal.data import cache, omniglot_files
+from fomal.data.images import cache, omniglot_files
+from fomal.data.images.omniglot_files import PARTS, SIDE, load_characters
 from fomal.data.omniglot import OmniglotDataModule
-from fomal.data.omniglot_files import PARTS, SIDE, load_characters
 
 TINY = {  # characters of each alphabet
     "images_background": {"Beta": 3, "Alpha_(old)": 4},

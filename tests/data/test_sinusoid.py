@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from fomal.data.sampler import task_words
 from fomal.data.sinusoid import SinusoidDataModule
-from fomal.random import uniform
+from fomal.tasks.philox import uniform
+from fomal.tasks.sampler import task_words
 
 
 def test_targets_are_sines_of_the_stated_distribution():

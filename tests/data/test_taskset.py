@@ -24,13 +24,13 @@ from torchvision.datasets import Omniglot
 
 from fomal.cli import main
 from fomal.data import taskset as module
-from fomal.data.datamodule import EpisodeStream
-from fomal.data.sampler import task_words
 from fomal.data.taskset import BENCHMARKS, TasksetDataModule
 from fomal.inner import Adam
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP
 from fomal.outer import Reptile
+from fomal.tasks.datamodule import EpisodeStream
+from fomal.tasks.sampler import task_words
 
 WAYS, SHOTS, QUERIES = 3, 2, 2
 

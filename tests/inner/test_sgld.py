@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fomal import tree
 from fomal.inner import SGD, SGLD
+from fomal.utils import tree
 
 LR, TEMPERATURE = 0.1, 0.5
 

@@ -8,17 +8,17 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from fomal import tree
 from fomal.cli import main
-from fomal.data.images import ClassImages, ImageDataModule
+from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP, Classifier, Conv4, ResNet12, find_head, mean_rows, resize_head
 from fomal.models.classifier import _StochasticDepth
 from fomal.models.norm import use_batch_statistics
 from fomal.outer import Reptile
-from tests.test_learner import trainer
+from fomal.utils import tree
+from tests.helpers.learners import trainer
 
 HEADS = {
     "resnet18": "fc",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fomal.data.episode import Episode
 from fomal.inner import SGD
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.models import BatchNorm
 from fomal.models.norm import has_batch_norm, other_norms, use_batch_statistics
 from fomal.outer import Reptile
-from tests.conftest import classification_episode
+from fomal.tasks.episode import Episode
+from tests.helpers.episodes import classification_episode
 
 
 class Own(nn.BatchNorm2d):

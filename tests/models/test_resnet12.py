@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fomal import tree
 from fomal.inner.objective import Objective
 from fomal.models import ResNet12
-from tests.oracle import gradient_of, loss_of
+from fomal.utils import tree
+from tests.helpers.oracle import gradient_of, loss_of
 
 SMALL = (2, 3, 4, 5)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fomal.inner import SGD
-from fomal.learner import MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.outer import Reptile
-from tests.test_learner import Blobs, trainer
+from tests.helpers.learners import Blobs, trainer
 
 
 def flat(*layers: nn.Module) -> nn.Module:

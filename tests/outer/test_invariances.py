@@ -9,14 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fomal import tree
-from fomal.data.episode import Episode
-from fomal.data.sampler import minibatch_plan
 from fomal.inner import SGD, Adam
+from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import InnerLoop
 from fomal.models.norm import BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import minibatch_plan
+from fomal.utils import tree
 
 # Rules as functions of the number of inner steps.
 RULES = [

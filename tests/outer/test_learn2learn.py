@@ -7,13 +7,13 @@ import os
 import pytest
 import torch
 
-from fomal import tree
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD
 from fomal.models import MLP
 from fomal.outer import MAML, QueryFOMAML
-from tests.conftest import SmallConv, classification_episode
-from tests.oracle import batches, loss_of
+from fomal.utils import tree
+from tests.helpers.episodes import SmallConv, classification_episode
+from tests.helpers.oracle import batches, loss_of
 
 LR = 0.1
 

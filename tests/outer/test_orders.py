@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fomal import tree
-from fomal.data.episode import Episode
-from fomal.data.sampler import minibatch_plan
 from fomal.inner import SGD, SGLD, Adam
+from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import InnerLoop
 from fomal.models import MLP
 from fomal.outer import MAML, BinomialMAML, QueryFOMAML, TruncatedMAML
-from tests.oracle import batches, loss_of
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import minibatch_plan
+from fomal.utils import tree
+from tests.helpers.oracle import batches, loss_of
 
 STEPS = 4
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from fomal import tree
 from fomal.inner import SGD, Adam
-from fomal.inner.rollout import take
+from fomal.inner.loop import take
 from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile, StepCombination
-from tests.oracle import adapt_one, batches, gradient_of
+from fomal.utils import tree
+from tests.helpers.oracle import adapt_one, batches, gradient_of
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def test_bad_arguments_are_refused():
 
 _PEAK = """
 import re, sys, torch
-from fomal import tree
-from fomal.data.episode import Episode
-from fomal.data.sampler import minibatch_plan
+from fomal.utils import tree
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import minibatch_plan
 from fomal.inner import SGD, Adam
 from fomal.inner.objective import Objective
-from fomal.inner.rollout import InnerLoop
+from fomal.inner.loop import InnerLoop
 from fomal.models import Conv4
 from fomal.outer import *
 rule, steps = eval(sys.argv[1]), int(sys.argv[2])

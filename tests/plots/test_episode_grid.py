@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fomal.data.episode import Episode
 from fomal.plots.episode_grid import draw_episode, is_image
+from fomal.tasks.episode import Episode
 
 
 def colours(count: int) -> Tensor:

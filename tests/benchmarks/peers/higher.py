@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.benchmarks.peers.peer import Peer, batches
 from tests.benchmarks.works import Work
-from tests.oracle import loss_of
+from tests.helpers.oracle import loss_of
 
 
 class Higher(Peer):

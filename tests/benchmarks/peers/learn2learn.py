@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.benchmarks.peers.peer import Peer, batches, protocols
 from tests.benchmarks.works import Work
-from tests.oracle import loss_of
+from tests.helpers.oracle import loss_of
 
 
 class Learn2Learn(Peer):

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fomal.data.episode import Episode
-from tests import oracle
+from fomal.tasks.episode import Episode
 from tests.benchmarks.works import Work
+from tests.helpers import oracle
 
 
 class Peer(ABC):

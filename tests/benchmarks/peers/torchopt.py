@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fomal.data.episode import Episode
-from fomal.data.sampler import Plan
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import Plan
 from tests.benchmarks.peers.peer import Peer, batches
 from tests.benchmarks.works import Work
-from tests.oracle import loss_of
+from tests.helpers.oracle import loss_of
 
 
 class TorchOpt(Peer):

@@ -1,0 +1,1 @@
+"""Image files: found, checked, decoded once, grouped by class."""

@@ -1,0 +1,259 @@
+"""The inner loop: k optimiser steps on every task of a meta-batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomal.inner.objective import Objective
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State, join_states
+from fomal.tasks.episode import Episode
+from fomal.tasks.sampler import Plan
+from fomal.utils import tree
+from fomal.utils.fingerprint import settings
+from fomal.utils.tree import Tree
+
+
+class Step(NamedTuple):
+    """One step of all tasks.
+
+    Attributes:
+        before: stacked parameters before the step.
+        after: stacked parameters after it.
+        state: the inner optimiser's stacked state after it.
+        loss: (T,), each task's loss on the step's mini-batch at `before`.
+    """
+
+    before: Tree
+    after: Tree
+    state: State
+    loss: Tensor
+
+
+class Trajectory(NamedTuple):
+    """What an inner loop leaves; only what the outer rule asked for is kept, so memory does not grow with k.
+
+    Attributes:
+        end: stacked parameters after the last step, (T, ...) each.
+        state: the inner optimiser's stacked state after the last step.
+        losses: (k, T), the loss on each step's mini-batch before the step.
+        combination: stacked sum_j w_j d_j of the steps' displacements d_j, of the parameters that are adapted; empty
+            where no weights were given.
+    """
+
+    end: Tree
+    state: State
+    losses: Tensor
+    combination: Tree
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Examples `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """The inner loops of one meta-batch, ready to run from any initialisation.
+
+    Attributes:
+        objective: losses and gradients of the network.
+        optimizer: the inner optimiser.
+        state: its state before the first step, of one task.
+        plan: the mini-batch of each step.
+        episode: the tasks.
+        adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
+        replicas: R runs side by side: the first T / R tasks are those of the first, and so on. Initialisations, the
+            state and all means over tasks then have R in front. None: one run, without that axis.
+    """
+
+    objective: Objective
+    optimizer: InnerOptimizer
+    state: State
+    plan: Plan
+    episode: Episode
+    adapted: frozenset[str] | None = None
+    replicas: int | None = None
+
+    @classmethod
+    def side_by_side(cls, loops: Sequence[InnerLoop], optimizer: InnerOptimizer) -> InnerLoop:
+        """The inner loops of several runs with the same settings, and equally many tasks, as those of replicas.
+
+        Args:
+            loops: one for each run.
+            optimizer: the inner optimiser of all; its step size may be one for each run.
+        """
+        episodes = [loop.episode for loop in loops]
+        together = episodes[0]._replace(
+            support_x=torch.cat([episode.support_x for episode in episodes]),
+            support_y=torch.cat([episode.support_y for episode in episodes]),
+            query_x=torch.cat([episode.query_x for episode in episodes]),
+            query_y=torch.cat([episode.query_y for episode in episodes]),
+            number=torch.cat([episode.number for episode in episodes]),
+        )
+        return replace(
+            loops[0],
+            optimizer=optimizer,
+            state=join_states([loop.state for loop in loops]),
+            plan=tuple(torch.cat(step) for step in zip(*(loop.plan for loop in loops), strict=True)),
+            episode=together,
+            replicas=len(loops),
+        )
+
+    @property
+    def tasks(self) -> int:
+        """The tasks of each run."""
+        return self.episode.tasks // (self.replicas or 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tasks are."""
+        return self.episode.support_x.device
+
+    @property
+    def signature(self) -> Hashable:
+        """What the memory that a task takes depends on: shapes of its examples, and the number of steps."""
+        shapes = self.episode.support_x.shape[1:], self.episode.query_x.shape[1:]
+        return self.replicas, shapes, len(self.plan)
+
+    def sample(self, steps: int | None) -> InnerLoop:
+        """The first task's inner loop, of each run, not traced; with `steps`, so many of its steps."""
+        one = self.only(slice(0, 1))
+        return replace(one, plan=one.plan[:steps], objective=one.objective.as_written())
+
+    def only(self, tasks: Tensor | slice) -> InnerLoop:
+        """The inner loops of the tasks of the given places alone, of each run."""
+
+        def chosen(t: Tensor) -> Tensor:
+            if self.replicas is None:
+                return t[tasks]
+            return t.unflatten(0, (self.replicas, -1))[:, tasks].flatten(0, 1)  # type: ignore[no-untyped-call,no-any-return]
+
+        return replace(self, episode=self.episode.map(chosen), plan=tuple(chosen(step) for step in self.plan))
+
+    def spread(self, start: Tree) -> Tree:
+        """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
+        if self.replicas is None:
+            return tree.stack(start, self.tasks)
+        each = {name: t[:, None].expand(-1, self.tasks, *t.shape[1:]) for name, t in start.items()}
+        return {name: t.flatten(0, 1) for name, t in each.items()}
+
+    def mean(self, stacked: Tree) -> Tree:
+        """The mean over the tasks, of each run."""
+        return {name: self.task_mean(t) for name, t in stacked.items()}
+
+    def task_mean(self, t: Tensor) -> Tensor:
+        """The mean over the tasks, the first axis of t, of each run."""
+        if self.replicas is None:
+            return t.mean(0)
+        return t.view(self.replicas, -1, *t.shape[1:]).mean(1)
+
+    def spread_state(self) -> State:
+        """The state before the first step, for each task."""
+        return {part: values if part == SHARED else self.spread(values) for part, values in self.state.items()}
+
+    def mean_state(self, state: State) -> State:
+        """The mean over the tasks of a stacked state: how carried state leaves a meta-batch."""
+        return {part: values if part == SHARED else self.mean(values) for part, values in state.items()}
+
+    def split(self, start: Tree) -> tuple[Tree, Tree]:
+        """The parameters that are adapted, and the others."""
+        if self.adapted is None:
+            return start, {}
+        adapted = {name: p for name, p in start.items() if name in self.adapted}
+        return adapted, {name: p for name, p in start.items() if name not in self.adapted}
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mini-batch of each step: x (T, B, *input) and y (T, B, ...)."""
+        for index in self.plan:
+            yield take(self.episode.support_x, index), take(self.episode.support_y, index)
+
+    def steps(self, start: Tree, onward: Trajectory | None = None) -> Iterator[Step]:
+        """Adapt every task from the initialisation `start` (one set of parameters), step by step.
+
+        Args:
+            start: the initialisation, not stacked by task.
+            onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
+        """
+        episode = self.episode
+        optimizer = self.optimizer.for_tasks(episode.seed, episode.split, episode.number)
+        alone, common = self.split(start)
+        everywhere = self.spread(common)
+        params, state = self.spread(alone), self.spread_state()
+        if onward is not None:
+            params, state = self.split(onward.end)[0], onward.state
+        for x, y in self.batches():
+            if optimizer is self.optimizer:
+                moved, state, loss = self.objective.step(optimizer, params, state, x, y, common)
+            else:  # of these episodes alone, so that its update is not the same in each step
+                gradient, loss = self.objective.gradients(params, x, y, common)
+                moved, state = optimizer.update(gradient, state, params)
+            yield Step({**everywhere, **params}, {**everywhere, **moved}, state, loss)
+            params = moved
+
+    def rollout(
+        self, start: Tree, step_weights: Sequence[float] | None = None, onward: Trajectory | None = None
+    ) -> Trajectory:
+        """Adapt every task from the initialisation `start` (one set of parameters).
+
+        Args:
+            start: the initialisation, not stacked. If it requires gradients, or is differentiated with
+                `torch.func`, the result is a differentiable function of it.
+            step_weights: weights w_j of the steps' displacements d_j = W_j - W_(j-1), one for each step.
+            onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
+        """
+        tasks = self.episode.tasks
+        end, state = self.spread(start), self.spread_state()
+        combination: Tree = {}
+        losses: list[Tensor] = [] if onward is None else [onward.losses]
+        if onward is not None:
+            end, state = onward.end, onward.state
+        for number, step in enumerate(self.steps(start, onward)):
+            end, state = step.after, step.state
+            losses.append(step.loss[None])
+            weight = step_weights[number] if step_weights is not None else 0.0
+            if weight:
+                after, before = self.split(step.after)[0], self.split(step.before)[0]
+                displacement = tree.scaled(tree.subtract(after, before), weight)
+                combination = tree.add(combination, displacement) if combination else displacement
+        if not losses:  # no step
+            losses = [next(iter(end.values())).new_empty(0, tasks)]
+        return Trajectory(end, state, torch.cat(losses), combination)
+
+    def recorded(
+        self, name: Any, run: Callable[[InnerLoop, Tree], tuple[Tree, Trajectory]], start: Tree
+    ) -> tuple[Tree, Trajectory]:
+        """`run(self, start)`, recorded as one function where the objective records.
+
+        Args:
+            name: tells what `run` does, with all that it depends on beside its arguments.
+            run: from inner loops and an initialisation to a gradient and the trajectory.
+            start: the initialisation.
+        """
+        if self.optimizer.for_tasks(self.episode.seed, self.episode.split, self.episode.number) is not self.optimizer:
+            return run(self, start)  # with noise of these episodes
+
+        def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Tensor) -> tuple[Any, ...]:
+            fields = ("support_x", "support_y", "query_x", "query_y")
+            tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))  # type: ignore[arg-type]
+            inner = replace(self, objective=self.objective.as_written(), state=state, plan=plan, episode=tasks)
+            gradient, trajectory = run(inner, start)
+            return gradient, *trajectory
+
+        settled = (name, settings(self.optimizer), self.replicas, self.adapted, self.episode.ways)
+        episode = self.episode
+        tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+        gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)
+        return gradient, Trajectory(*parts)
+
+    def query_gradients(self, params: Tree) -> Tree:
+        """Each task's gradient of the query loss at its own stacked parameters."""
+        return self.objective.gradients(params, self.episode.query_x, self.episode.query_y)[0]
+
+    def query_losses(self, params: Tree) -> Tensor:
+        """Each task's query loss, (T,), at its own stacked parameters."""
+        return self.objective.losses(params, self.episode.query_x, self.episode.query_y)

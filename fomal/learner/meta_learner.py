@@ -1,0 +1,781 @@
+"""The meta-learner: a LightningModule around a network, an outer rule and an inner optimiser."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import SGD as TorchSGD
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from fomal.engine.chunking import Chunks
+from fomal.engine.cuda_graph import CAPTURES, Capture, Captured
+from fomal.engine.tracing import Recorder
+from fomal.evaluation.metrics import TaskMean, merge_over_processes
+from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate
+from fomal.inner.loop import InnerLoop, take
+from fomal.inner.objective import Objective
+from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.learner.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
+from fomal.learner.restoring import check_carried, check_module, check_outer, misfits, take_dtypes, take_state
+from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
+from fomal.models.norm import other_norms, use_batch_statistics
+from fomal.models.parameters import matching
+from fomal.models.usable import refuse_outputs, refuse_unusable
+from fomal.outer.meta_gradient import MetaGradient, bad_tasks, mean_over_processes, meta_gradient, varied
+from fomal.outer.rule import OuterRule
+from fomal.run.provenance import commits, versions
+from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
+from fomal.run.trust import check_states
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode, Numbers, refuse_others
+from fomal.tasks.sampler import Plan, minibatch_plan, separate_tail
+from fomal.utils import tree
+from fomal.utils.checks import MANY, nonnegative, one_of, positive
+from fomal.utils.fingerprint import Snapshot, settings
+from fomal.utils.output import rank_zero_info, rank_zero_warn
+from fomal.utils.processes import gather, refuse_disagreement
+from fomal.utils.tree import Tree
+
+KEPT = (
+    "outer_final",
+    "inner_steps",
+    "inner_batch_size",
+    "inner_replacement",
+    "inner_state",
+    "eval_inner_steps",
+    "eval_inner_batch_size",
+    "adapt",
+    "outer_parameters",
+    "on_nonfinite",
+    "outer_clip_val",
+    "outer_clip_algorithm",
+)
+"""Arguments in plain values that results depend on: a checkpoint has them, also where no configuration does."""
+
+SKIPPED_AT_MOST = 100
+"""Meta-batches without a finite task, one after the other, that end a run. The weights stay as they are meanwhile; even
+where nine of ten tasks are not finite and a meta-batch has one, so many in a row come once in 37,000 times."""
+
+
+class MetaLearner(L.LightningModule):
+    """Learns an initialisation of `network` from which a few inner steps solve a new task.
+
+    Optimisation is manual: in each meta-iteration `rule` adapts a meta-batch of tasks with `inner_optimizer` and
+    returns an outer gradient, which `outer_optimizer` descends. Classification or regression follows from the
+    data's labels (int64, or floating point).
+
+    Args:
+        network: any module from inputs (B, *input) to outputs (B, ways) or (B, *output).
+        rule: outer rule, e.g. `fomal.outer.Reptile`.
+        inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
+        outer_optimizer: any torch optimiser; SGD with lr = eps is the paper's interpolation.
+        outer_schedule: any torch scheduler, stepped once a meta-iteration; null is the paper's, which goes linearly
+            from the outer step size to `outer_final` times it at `trainer.max_steps`, or after `max_epochs` times
+            `limit_train_batches`.
+        outer_final: share of the outer step size that is left at the end of the linear schedule.
+        inner_steps: inner steps on a training task, k.
+        inner_batch_size: support examples per inner step on a training task.
+        inner_replacement: draw each mini-batch independently, rather than in shuffled passes.
+        inner_state: whether the inner optimiser's state is carried from task to task, as in the released code, or
+            reset for each.
+        eval_inner_steps: inner steps on a validation, test or prediction task.
+        eval_inner_batch_size: support examples per inner step on such a task.
+        vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
+        recorded: record the operations of an inner step, and of an evaluation, once for each shape, and replay them:
+            results differ by rounding, and each recording is compared with the plain functions before it is used.
+            What the network's forward does beside torch operations must be the same each time; null records networks
+            made of torch's, torchvision's, timm's and fomal's modules.
+        compiled: also compile recordings with torch.compile, which takes some ten seconds for each and a C++ compiler.
+        cuda_graph: capture the device's part of a meta-iteration, up to the outer gradient, as a CUDA graph, and replay
+            it; with `data.on_device` the drawing of the tasks is part of it. Other devices, and networks that draw
+            random numbers (dropout) or wait for the device, run as they are, with one line that says so.
+        adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
+            exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
+        on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
+            it, or leave it out of the mean and log how many were (`train/skipped_tasks`), at the cost of one wait for
+            the device in each meta-iteration; a hundred meta-batches in a row without a task that counts end the run.
+            On a GPU `raise` looks every ten meta-iterations and before each save.
+        outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
+            others then stay as they are. Rules made of displacements have nothing to say about the others.
+        tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
+            runs in chunks, with the same results up to rounding. Null chooses as many as take at most half of the
+            memory that is free, and fewer where a GPU's does not suffice after all.
+        outer_clip_val: clip the outer gradient, the mean over all tasks, before the outer optimiser: as
+            `trainer.gradient_clip_val` does where there is a loss. Null: do not.
+        outer_clip_algorithm: by the norm of all parameters together, or each value by itself.
+
+    Raises:
+        ValueError: for settings that do not fit together, naming argument and remedy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rule: OuterRule,
+        inner_optimizer: InnerOptimizer,
+        outer_optimizer: OptimizerCallable = lambda params: TorchSGD(params, lr=1.0),
+        outer_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        outer_final: float = 0.0,
+        inner_steps: int = 5,
+        inner_batch_size: int = 10,
+        inner_replacement: bool = False,
+        inner_state: Literal["carried", "reset"] = "carried",
+        eval_inner_steps: int = 50,
+        eval_inner_batch_size: int = 5,
+        vectorize: bool | None = None,
+        recorded: bool | None = None,
+        compiled: bool = False,
+        adapt: list[str] | None = None,
+        outer_parameters: Literal["all", "adapted"] = "all",
+        on_nonfinite: Literal["raise", "skip_task"] = "raise",
+        tasks_per_chunk: int | None = None,
+        cuda_graph: bool = False,
+        outer_clip_val: float | None = None,
+        outer_clip_algorithm: Literal["norm", "value"] = "norm",
+    ) -> None:
+        super().__init__()
+        positive(
+            MANY,
+            inner_batch_size=inner_batch_size,
+            eval_inner_steps=eval_inner_steps,
+            eval_inner_batch_size=eval_inner_batch_size,
+        )
+        nonnegative(outer_final=outer_final)
+        one_of(("carried", "reset"), inner_state=inner_state)
+        one_of(("all", "adapted"), outer_parameters=outer_parameters)
+        one_of(("raise", "skip_task"), on_nonfinite=on_nonfinite)
+        if cuda_graph and on_nonfinite == "skip_task":
+            raise ValueError(
+                "cuda_graph=True with on_nonfinite='skip_task', which waits for the device in each meta-iteration: use "
+                "on_nonfinite: raise, or leave cuda_graph out."
+            )
+        if outer_clip_val is not None and not 0 < outer_clip_val < float("inf"):
+            raise ValueError(f"outer_clip_val={outer_clip_val} must be above 0 and finite, or null for no clipping.")
+        one_of(("norm", "value"), outer_clip_algorithm=outer_clip_algorithm)
+        rule.check(inner_steps, inner_optimizer)
+        self.automatic_optimization = False
+        self.network = network
+        self.rule = rule
+        self.inner_optimizer = inner_optimizer
+        if not callable(outer_optimizer):
+            raise ValueError(f"outer_optimizer={outer_optimizer!r} must make an optimiser, as torch.optim.SGD does.")
+        self.outer_optimizer = outer_optimizer
+        self.outer_schedule = outer_schedule
+        self.outer_final = outer_final
+        self.outer_clip_val = outer_clip_val
+        self.outer_clip_algorithm = outer_clip_algorithm
+        self.inner_steps = inner_steps
+        self.inner_batch_size = inner_batch_size
+        self.inner_replacement = inner_replacement
+        self.inner_state = inner_state
+        self.eval_inner_steps = eval_inner_steps
+        self.eval_inner_batch_size = eval_inner_batch_size
+        self.adapt, self.outer_parameters = adapt, outer_parameters
+        self.vectorize, self.recorded, self.compiled = vectorize, recorded, compiled
+        self._take_network()
+        self.chunks = Chunks(tasks_per_chunk)
+        self.cuda_graph = cuda_graph
+        self.captured: Captured | None = None
+        self.carried: State | None = None
+        self.on_nonfinite = on_nonfinite
+        self.skipped_tasks = 0
+        self._skipped_in_a_row = 0
+        self._judged: list[tuple[Tensor, Tensor]] = []  # episode numbers, and whether their results are finite
+        self.config: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.watch = Watch()
+        # Nothing is left for torchmetrics to reduce: training losses are means over processes already, and the
+        # figures of an evaluation are reduced all at once.
+        self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
+        self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
+        self._evaluated: tuple[TaskMean, TaskMean, TaskMean] | None = None
+
+    def _take_network(self) -> None:
+        """Prepare the network, at first and where another has been put in its place."""
+        refuse_unusable(self.network)
+        replaced = use_batch_statistics(self.network)
+        if replaced:
+            rank_zero_info(f"Batch norm uses the statistics of the batch at hand, always: {', '.join(replaced)}.")
+        if left := other_norms(self.network):
+            rank_zero_warn(
+                f"{', '.join(left)}: left as written, with running averages, which mean little between tasks and "
+                f"forbid vectorising: use torch's own batch norm or fomal.models.BatchNorm, or "
+                f"track_running_stats=False."
+            )
+        self.adapted = None if self.adapt is None else matching(self.network, self.adapt)
+        if self.adapted is not None:
+            self._restrict(self.adapted, self.outer_parameters)
+        self.objective = Objective(self.network, self.vectorize, Recorder(self.network, self.recorded, self.compiled))
+
+    def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
+        """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
+
+        No modules of the learner: they begin with each evaluation, and are nothing to be summed up or saved.
+        """
+        if self._evaluated is None:
+            sizes = 2, self.eval_inner_steps + 1, None
+            accuracies, losses, distances = (TaskMean(size, sync_on_compute=False).to(self.device) for size in sizes)
+            self._evaluated = accuracies, losses, distances
+        return self._evaluated
+
+    def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
+        """See `adapt` and `outer_parameters`."""
+        others = [name for name, p in self.network.named_parameters() if p.requires_grad and name not in adapted]
+        if outer_parameters == "adapted":
+            for name in others:
+                self.network.get_parameter(name).requires_grad_(False)
+        elif others and not self.rule.needs_query:
+            rank_zero_warn(
+                f"{type(self.rule).__name__} is made of the inner loop's displacements, so the {len(others)} tensors "
+                f"that adapt leaves out, from {others[0]} on, stay as they are initialised: use a rule with a query "
+                f"set, e.g. QueryFOMAML, to learn them, or outer_parameters: adapted to say that this is meant."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's outputs for inputs (B, *input), at the initialisation; `evaluate` adapts to a task first."""
+        return self.network(x)  # type: ignore[no-any-return]
+
+    # -- the parts of a meta-iteration
+
+    def initialisation(self) -> Tree:
+        """The trainable parameters of the network, cut off from autograd; 16-bit ones (bf16-true) as 32-bit."""
+        trainable = tree.detach({name: p for name, p in self.network.named_parameters() if p.requires_grad})
+        return {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in trainable.items()}
+
+    def _initially_adapted(self) -> Tree:
+        """The part of the initialisation that the inner loop adapts."""
+        phi = self.initialisation()
+        return {name: p for name, p in phi.items() if self.adapted is None or name in self.adapted}
+
+    def begun_state(self) -> State:
+        """The carried state, or one that is new, on the network's device."""
+        state = self.inner_optimizer.init(self._initially_adapted()) if self.carried is None else self.carried
+        device = next(self.network.parameters()).device
+        return {part: tree.to_device(values, device) for part, values in state.items()}
+
+    def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
+        """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
+        if self.objective.network is not self.network:
+            self._take_network()
+        like = next(p for p in self.network.parameters() if p.is_floating_point())
+        if training and self.rule.needs_query and not episode.query_x.shape[1]:
+            raise ValueError(f"{type(self.rule).__name__} needs a query set, but Episode.query_x has no examples.")
+        inner = InnerLoop(
+            objective=self.objective,
+            optimizer=self.inner_optimizer,
+            state=self.begun_state() if state is None else state,
+            plan=self._plan(episode, training),
+            episode=episode.floating(like.dtype),
+            adapted=self.adapted,
+        )
+        self._check_network(inner, second_order=training and self.rule.differentiates)
+        return inner
+
+    def _plan(self, episode: Episode, training: bool) -> Plan:
+        examples = episode.support_x.shape[1]
+        steps, batch = self.eval_inner_steps, self.eval_inner_batch_size
+        if training:
+            steps, batch = self.inner_steps, self.inner_batch_size
+        stream = (episode.seed, episode.split, episode.number)
+        if not training or self.rule.tail_shots is None:
+            return minibatch_plan(*stream, examples, steps, batch, self.inner_replacement)
+        head, tail = separate_tail(examples, episode.ways, self.rule.tail_shots, episode.number.device)
+        plan = minibatch_plan(*stream, len(head), steps - 1, batch, self.inner_replacement)
+        return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
+
+    @torch.no_grad()
+    def _check_network(self, inner: InnerLoop, second_order: bool) -> None:
+        """At the first use: refuse a network that does not fit the data, and settle how to run over tasks."""
+        if self.objective.is_settled(second_order):
+            return
+        if inner.episode.number.device.type != "cpu":
+            inner.episode.to("cpu").check()  # here there may be a wait
+        x, y = (take(part[:2], inner.plan[0][:2]) for part in (inner.episode.support_x, inner.episode.support_y))
+        refuse_outputs(self.network, x[0], y[0], inner.episode.ways)
+        self.objective.settle(self.initialisation(), x, y, second_order)
+
+    # -- training
+
+    def gradient_of(self, batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
+        """What a meta-batch of this process says, from an initialisation and an inner state: a function of these alone.
+
+        Args:
+            batch: the tasks, or their numbers, from which the run's datamodule draws them.
+            phi: the initialisation.
+            state: the inner optimiser's.
+        """
+        skip = self.on_nonfinite == "skip_task"
+        return meta_gradient(self.rule, self._training_loop(batch, state), phi, skip, self.chunks)
+
+    def _training_loop(self, batch: Episode | Numbers, state: State) -> InnerLoop:
+        if isinstance(batch, Numbers):
+            data = getattr(self.trainer, "datamodule", None)
+            assert isinstance(data, EpisodeDataModule)  # no other gives numbers
+            batch = data.draw(batch)
+        return self.inner_loop(batch, training=True, state=state)
+
+    def capturing(self, function: Callable[..., MetaGradient], capture: Capture) -> Captured:
+        """Capture `gradient_of`, or a function like it; that the values are finite is then found on the device too."""
+
+        def known_finite(batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
+            found = function(batch, phi, state)
+            return found._replace(finite=found.is_finite())
+
+        name = f"Meta-iterations of {type(self.network).__name__}"
+        return Captured(known_finite, varied, name, self._fixed, capture)
+
+    def _fixed(self) -> Any:
+        """The settings that `gradient_of` depends on."""
+        inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, settings(self.inner_optimizer)
+        network = Snapshot(self.network, storages=True)
+        return inner, settings(self.rule), self.adapted, self.objective.vectorize, network
+
+    def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
+        """One meta-iteration."""
+        refuse_others(batch)
+        # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
+        self.seed_for(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
+        phi, state = self.initialisation(), self.begun_state()
+        skip = self.on_nonfinite == "skip_task"
+        found = (self.captured or self.gradient_of)(batch, phi, state)
+        found, flags = mean_over_processes(found, self.watch.flags(self.device))
+        self.watch.look(
+            flags,
+            found.is_finite(),
+            self.global_step + 1,
+            lambda: self._bad_episodes(batch, phi, state),
+        )
+        counts = not skip or bool(found.weight)
+        self._count_skipped(counts)
+        self.adopt(found if counts else None)
+        self._optimizer().step()
+        self._scheduler().step()
+        if skip:
+            self.skipped_tasks += int(found.skipped)
+        figures = self.training_figures(found.losses[None] if counts else found.losses[None][:0])
+        if figures:
+            self.log_dict(figures | {"outer_lr": self._optimizer().param_groups[0]["lr"]})
+
+    def _bad_episodes(self, batch: Episode | Numbers, phi: Tree, state: State) -> list[int]:
+        """The episodes of this process that are not finite, unless it is the weights or the data."""
+        refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+        inner = self._training_loop(batch, state)
+        if found := inner.episode.nonfinite():
+            raise FloatingPointError(
+                f"meta-iteration {self.global_step + 1}: the {found} is not finite: mend the data, or leave such tasks "
+                f"out with model.on_nonfinite: skip_task."
+            )
+        bad: list[int] = batch.number[bad_tasks(self.rule, inner, phi)].tolist()
+        return bad
+
+    def _count_skipped(self, counts: bool) -> None:
+        """Say where a meta-batch is left out whole; raise FloatingPointError where that persists."""
+        if counts:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        step = self.global_step + 1
+        if self._skipped_in_a_row == 1:
+            refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+            rank_zero_warn(
+                f"meta-iteration {step}: no task of its meta-batch is finite, so the weights stay as they are; "
+                f"{SKIPPED_AT_MOST} such meta-iterations in a row end the run."
+            )
+        if self._skipped_in_a_row == SKIPPED_AT_MOST:
+            raise FloatingPointError(
+                f"meta-iteration {step}: no task of the last {SKIPPED_AT_MOST} meta-batches is finite, and the weights "
+                f"have not changed since: lower model.inner_optimizer.lr, or look at the data."
+            )
+
+    def adopt(self, found: MetaGradient | None) -> None:
+        """Give the outer gradient to the parameters, and go on from its inner state; None: no task counts."""
+        if found is not None and self.inner_state == "carried" and found.state:
+            self.carried = found.state
+        for name, parameter in self.network.named_parameters():
+            gradient = None if found is None else found.gradient.get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        if self.outer_clip_val is not None:
+            if self.outer_clip_algorithm == "norm":
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.outer_clip_val)
+            else:
+                nn.utils.clip_grad_value_(self.network.parameters(), self.outer_clip_val)
+
+    def seed_for(self, seed: int) -> None:
+        """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # configure_optimizers returns one
+        return optimizer
+
+    def _scheduler(self) -> LRScheduler:
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LRScheduler)  # configure_optimizers returns one
+        return scheduler
+
+    def training_figures(self, losses: Tensor) -> dict[str, Any]:
+        """What is due to be logged after a meta-iteration with these losses (n, 2); nothing between."""
+        self.train_losses.update(losses)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a helper
+        if every == 0 or self.global_step % every:
+            return {}
+        (first, last), _ = self.train_losses.compute()
+        self.train_losses.reset()
+        figures = {
+            "train/loss_first_step": first,
+            "train/loss_last_step": last,
+            "step": float(self.global_step),  # the logger's x axis, in meta-iterations
+        }
+        if self.on_nonfinite == "skip_task":
+            figures["train/skipped_tasks"] = float(self.skipped_tasks)
+        return figures
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The outer optimiser over the trainable parameters, and its schedule."""
+        optimizer, schedule = self._outer(p for p in self.network.parameters() if p.requires_grad)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _outer(self, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+        """See `configure_optimizers`."""
+        optimizer = self.outer_optimizer(parameters)
+        if self.outer_schedule is not None:
+            schedule = self.outer_schedule(optimizer)
+            if not isinstance(schedule, LRScheduler) or isinstance(
+                schedule, torch.optim.lr_scheduler.ReduceLROnPlateau
+            ):
+                raise ValueError(
+                    f"outer_schedule={type(schedule).__name__} waits for a metric, but is stepped every "
+                    f"meta-iteration: use one of the step alone, e.g. torch.optim.lr_scheduler.CosineAnnealingLR."
+                )
+            return optimizer, schedule
+        total, final = total_steps(self.trainer), self.outer_final
+        if total < 1 and final != 1:
+            raise ValueError(
+                f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
+                f"or model.outer_final: 1 for a constant step size."
+            )
+        return optimizer, LambdaLR(optimizer, partial(_linear, total, final))
+
+    # -- evaluation
+
+    def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
+        """Adapt to the support sets and predict the query sets; changes neither weights nor carried state."""
+        refuse_others(episode)
+        if episode.support_x.device.type == "cpu":
+            episode.refuse_nonfinite()
+        if not episode.query_x.shape[1]:
+            raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
+        return evaluate(self.inner_loop(episode, training=False), self.initialisation(), self.chunks)
+
+    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+        """Evaluate a batch of tasks."""
+        result = self.evaluate(batch)
+        parts = [part.isfinite().reshape(len(part), -1).all(1) for part in result if part.numel()]
+        finite = torch.stack(parts).all(0)  # (T,)
+        self._judged.append((batch.number, finite))
+        all_accuracies, losses_by_step, distances = self._evaluated_tasks()
+        distances.update(result.distance)
+        if isinstance(result, RegressionResult):
+            losses_by_step.update(result.losses)
+        else:
+            accuracies = torch.stack([result.accuracy, result.accuracy_transductive], 1)
+            # The largest of outputs that are NaN is no prediction, though torch names one.
+            all_accuracies.update(accuracies.where(finite[:, None], torch.nan))
+
+    def test_step(self, batch: Episode, batch_idx: int) -> None:
+        """Evaluate a batch of tasks."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Tensor]:
+        """The predictions for a batch of tasks, with their episode numbers and true targets."""
+        result = self.evaluate(batch)
+        return {"number": batch.number, "query_y": batch.query_y, **result._asdict()}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self.log_dict(self.evaluation_figures("val") | {"step": float(self.global_step)})
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self.log_dict(self.evaluation_figures("test"))
+
+    def evaluation_figures(self, stage: str) -> dict[str, Tensor]:
+        """What the evaluated tasks say, and forget them; `results` has it too."""
+        figures: dict[str, tuple[Tensor, Tensor]] = {}
+        tasks = 0
+        self.results = {}
+        accuracies, losses_by_step, distances = self._evaluated_tasks()
+        self._evaluated = None
+        merge_over_processes([accuracies, losses_by_step, distances])
+        if accuracies.total_tasks:
+            (alone, together), (alone_ci, together_ci) = accuracies.compute()
+            figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
+            tasks = int(accuracies.total_tasks)
+        if losses_by_step.total_tasks:
+            mean, ci = losses_by_step.compute()
+            figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
+            self.results["loss_by_step"] = mean.tolist()
+            self.results["loss_by_step_ci95"] = ci.tolist()
+            tasks = int(losses_by_step.total_tasks)
+        if distances.total_tasks:
+            figures["distance"] = distances.compute()
+        metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
+        metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
+        self._name_nonfinite(stage, [mean for mean, _ in figures.values()])
+        self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
+        return metrics
+
+    def _name_nonfinite(self, stage: str, means: Sequence[Tensor]) -> None:
+        """Say which of the evaluated tasks make the means infinite or NaN; `results` has their numbers too."""
+        judged, self._judged = self._judged, []
+        if all(mean.isfinite() for mean in means):
+            return
+        own = [number for numbers, finite in judged for number in numbers[~finite].tolist()]
+        bad = sorted(number for part in gather(own) for number in part)
+        self.results["nonfinite_tasks"] = bad
+        rank_zero_warn(
+            f"{stage}: the predictions, loss or distance of task {some(bad)} are not finite, nor are the means: lower "
+            f"model.inner_optimizer.lr or model.eval_inner_steps."
+        )
+
+    # -- checks before work starts, and checkpoints
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None; Lightning asks before it looks at the trainer's settings itself, whose advice cannot be followed."""
+        if self.trainer.state.fn == "fit":
+            check_outer_step(self.trainer)
+            if isinstance(getattr(self.trainer, "datamodule", None), EpisodeDataModule):
+                check_epochs(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
+        self.check_with(getattr(self.trainer, "datamodule", None), stage)
+
+    def check_with(self, data: object, stage: str) -> None:
+        """See `setup`; `data` is what the trainer has as datamodule."""
+        check_trainer(self.trainer)
+        if self.trainer.ckpt_path is None:
+            self.refuse_nonfinite()
+        same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
+        positive(eval_inner_steps=self.eval_inner_steps, eval_inner_batch_size=self.eval_inner_batch_size)
+        positive(inner_batch_size=self.inner_batch_size)
+        if isinstance(data, EpisodeDataModule):
+            split = {"fit": "train", "validate": "val"}.get(stage, "test")
+            if stage == "fit" and self.rule.needs_query and not data.train_query_shots:
+                raise ValueError(
+                    f"{type(self.rule).__name__} needs a query set, but data.train_query_shots=0: "
+                    f"set data.train_query_shots to 1 or more."
+                )
+            if stage == "fit":
+                tell_of_validation(self.trainer)
+                data.check_processes(self.trainer.world_size)
+            data.check_memory(["train", "val"] if stage == "fit" else [split])
+            # The first use of the network, on two tasks: what does not fit is found here.
+            episode = data.episodes(split, torch.arange(2)).check()
+            same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}
+            self.objective.unsettle()
+            self.inner_loop(data.on_after_batch_transfer(episode, 0), training=stage == "fit")
+        refuse_disagreement(same)
+
+    def on_train_start(self) -> None:
+        """Refuse processes that go on from different checkpoints, and weights that are not finite."""
+        refuse_disagreement({"the meta-iteration they go on from": self.global_step})
+        self._skipped_in_a_row = 0
+        self.refuse_nonfinite()
+        self._settle_capture()
+
+    def _settle_capture(self) -> None:
+        """See `cuda_graph`."""
+        capture = CAPTURES.get(self.device.type) if self.cuda_graph else None
+        if self.cuda_graph and capture is None:
+            rank_zero_warn(f"cuda_graph=True has no effect on {self.device.type}: meta-iterations run as they are.")
+        self.captured = None if capture is None else self.capturing(self.gradient_of, capture)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, EpisodeDataModule):
+            data.keeps_numbers = self.captured is not None
+
+    def on_validation_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def on_test_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def on_predict_start(self) -> None:
+        """Refuse weights that are not finite."""
+        self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Raise FloatingPointError, naming the parameter, where a weight is infinite or NaN; forget earlier tasks."""
+        self._judged = []
+        trained = f" after meta-iteration {step}" if (step := self.global_step) else ""
+        refuse_nonfinite_weights(self.network, f"{getattr(self.trainer.state.fn, 'value', '')}{trained}")
+
+    def on_train_end(self) -> None:
+        """Free what was captured."""
+        if self.captured is not None:
+            self.captured.forget()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `fomal test --ckpt_path` and an exact resume need: configuration and carried state.
+
+        Raises:
+            FloatingPointError: weights, outer optimiser or carried state are not finite; no file is touched then.
+        """
+        refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
+        refuse_nonfinite_state(checkpoint, self.carried)
+        checkpoint["fomal"] = self.own_part()
+
+    def own_part(self) -> dict[str, Any]:
+        """What a checkpoint has under "fomal"."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "config": self.config,
+            "carried": self.carried,
+            "max_steps": total_steps(self.trainer),
+            "skipped_tasks": self.skipped_tasks,
+            "settings": {name: getattr(self, name) for name in KEPT},
+            "versions": versions(),
+            "commits": commits(),
+        }
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # trust instead of hparams_file
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        *,
+        trust: Collection[str] | None = None,
+        **parts: Any,
+    ) -> MetaLearner:
+        """The learner of a checkpoint, with its weights and carried state, ready to be tested or to predict.
+
+        One of `fomal fit` says how it is made. One of a learner made in Python has its settings, but no objects: give
+        at least `network`, `rule` and `inner_optimizer`, and whatever else should differ.
+
+        Args:
+            checkpoint_path: a file, or the folder of a run.
+            map_location: the device to put the learner on.
+            trust: names, or packages, that the checkpoint's configuration may use beside fomal's and torch's.
+            parts: arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no checkpoint of one learner, or does not say how to make it.
+            FloatingPointError: its weights are not finite.
+        """
+        # By name, since building from a configuration is above the learner; nothing else here needs it.
+        reader = importlib.import_module("fomal.learner.build")
+        checkpoint = reader.read_checkpoint(checkpoint_path)
+        saved = checkpoint["fomal"]
+        if "replicas" in saved:
+            raise ValueError(REPLICAS_GIVEN)
+        if parts:
+            missing = [name for name in ("network", "rule", "inner_optimizer") if name not in parts]
+            if missing:
+                raise ValueError(f"{checkpoint_path}: give load_from_checkpoint {' and '.join(missing)} too.")
+            learner = cls(
+                **{**{name: value for name, value in saved.get("settings", {}).items() if name in KEPT}, **parts}
+            )
+        elif saved["config"]:
+            learner, _ = reader.build(saved["config"], trust, str(checkpoint_path))
+            learner.config = saved["config"]
+        else:
+            raise ValueError(
+                f"{checkpoint_path} is of a learner that was made in Python, so it does not say of what: use "
+                f"load_from_checkpoint({str(checkpoint_path)!r}, network=..., rule=..., inner_optimizer=...)."
+            )
+        learner.take_over(checkpoint, str(checkpoint_path))
+        learner.load_state_dict(checkpoint["state_dict"])
+        refuse_nonfinite_weights(learner.network, str(checkpoint_path))
+        return learner.eval() if map_location is None else learner.eval().to(map_location)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `take_over`."""
+        self.take_over(checkpoint, "ckpt_path" if self._trainer is None else f"ckpt_path={self.trainer.ckpt_path}")
+
+    def take_over(self, checkpoint: dict[str, Any], source: str, has_moved: bool = True) -> None:
+        """Take over the carried state; refuse a changed `max_steps` where the schedule hangs on it.
+
+        Args:
+            checkpoint: the content.
+            source: its file, for messages.
+            has_moved: whether its meta-iterations, if there were any, have changed the weights.
+
+        Raises:
+            ValueError: it does not fit, naming file, entry and remedy.
+        """
+        check_states(checkpoint.get("callbacks"))
+        check_checkpoint(checkpoint, source)
+        saved = checkpoint["fomal"]
+        if "replicas" in saved:
+            raise ValueError(REPLICAS_GIVEN)
+        resuming = self._trainer is not None and self.trainer.state.fn == "fit"
+        if resuming and self.outer_schedule is None and self.outer_final != 1:
+            before, now = saved["max_steps"], total_steps(self.trainer)
+            if before != now:
+                raise ValueError(
+                    f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
+                    f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
+                )
+        with misfits(source):
+            check_module(self, checkpoint)
+            self.check_state(checkpoint, resuming, has_moved)
+        self._take_precision(checkpoint["state_dict"])
+        self.carried = take_state(saved["carried"], self.inner_optimizer, self._initially_adapted())
+        self.skipped_tasks = saved.get("skipped_tasks", 0)
+
+    def _take_precision(self, weights: Mapping[str, Any]) -> None:
+        """Convert the network before weights are loaded: as the trainer will do after that, or to the weights' dtypes.
+
+        Else weights of 64 bits would go through 32.
+        """
+        if self._trainer is not None:
+            self.trainer.precision_plugin.convert_module(self)
+        else:
+            take_dtypes(self.network, {name.removeprefix("network."): t for name, t in weights.items()})
+
+    def check_state(self, checkpoint: Mapping[str, Any], resuming: bool, has_moved: bool = True) -> None:
+        """Raise `Mismatch` where the inner or, to go on from it, the outer state of a checkpoint does not fit."""
+        learnt = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        adapted = {
+            name: checkpoint["state_dict"].get(f"network.{name}", p.detach())
+            for name, p in learnt.items()
+            if self.adapted is None or name in self.adapted
+        }
+        saved = checkpoint["fomal"]
+        # With skipped tasks, it may be that none has counted yet.
+        has_moved = has_moved and checkpoint["global_step"] > 0 and not saved.get("skipped_tasks")
+        carries = {self.inner_state, saved.get("settings", {}).get("inner_state", "carried")} == {"carried"}
+        check_carried(saved["carried"], self.inner_optimizer, adapted, has_moved and carries)
+        if resuming:
+            check_outer(self._outer, learnt, checkpoint, adapted if has_moved else ())
+
+
+def _linear(total: int, final: float, step: int) -> float:
+    """The share of the outer step size after `step` of `total` meta-iterations."""
+    return 1 + (final - 1) * min(step / max(total, 1), 1)
+
+
+# A lambda, since the command line reads the default's class and settings from its source; by this name it is pickled.
+_interpolation = MetaLearner.__init__.__defaults__[0]  # type: ignore[index]
+_interpolation.__qualname__ = "_interpolation"
+
+
+REPLICAS_GIVEN = "the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say."

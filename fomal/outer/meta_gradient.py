@@ -1,0 +1,162 @@
+"""One meta-iteration of one process, and of all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomal.engine.chunking import Chunks
+from fomal.engine.functional import plain_attention
+from fomal.inner.loop import InnerLoop
+from fomal.inner.optimizer import SHARED, State
+from fomal.outer.rule import OuterRule
+from fomal.tasks.episode import Episode, Numbers
+from fomal.utils import tree
+from fomal.utils.fingerprint import settings
+from fomal.utils.processes import processes, sum_over_processes
+from fomal.utils.tree import Tree
+
+
+class MetaGradient(NamedTuple):
+    """What a meta-batch says.
+
+    Attributes:
+        gradient: the outer gradient, the mean over the tasks that count.
+        state: the inner optimiser's state after the last step, the mean over the same tasks.
+        losses: (2,), the mean loss on the first and on the last mini-batch.
+        weight: (), the share of the tasks that count, summed over processes.
+        skipped: (), the number of tasks that do not.
+        finite: (), bool: whether no value is infinite or NaN, where that is known already.
+    """
+
+    gradient: Tree
+    state: State
+    losses: Tensor
+    weight: Tensor
+    skipped: Tensor
+    finite: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The means over tasks: what may be non-finite, and what is reduced over processes."""
+        moments = [t for part, values in self.state.items() if part != SHARED for t in values.values()]
+        return [*self.gradient.values(), *moments, self.losses]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> MetaGradient:
+        """The same with other values for `tensors`."""
+        left = iter(tensors)
+        gradient = {name: next(left) for name in self.gradient}
+        state = {
+            part: values if part == SHARED else {name: next(left) for name in values}
+            for part, values in self.state.items()
+        }
+        return self._replace(gradient=gradient, state=state, losses=next(left), finite=None)
+
+    def is_finite(self) -> Tensor:
+        """(), bool: whether no value is infinite or NaN."""
+        if self.finite is not None:
+            return self.finite
+        return torch.stack([t.isfinite().all() for t in self.tensors()]).all()
+
+
+def meta_gradient(
+    rule: OuterRule, inner: InnerLoop, start: Tree, skip: bool, chunks: Chunks | None = None
+) -> MetaGradient:
+    """Run a meta-batch.
+
+    Args:
+        rule: the outer rule.
+        inner: the inner loops.
+        start: the initialisation.
+        skip: leave out tasks whose loss, gradient or state is not finite; the others are run again. Looking costs one
+            wait for the device.
+        chunks: runs the tasks in chunks of as many as memory allows; None: all at once. Between chunks their mean
+            alone is kept. The result is the same up to rounding, and up to the draws of a network that has random
+            operations.
+
+    Raises:
+        FloatingPointError: with `skip`, where all tasks are finite and their mean is not.
+        torch.OutOfMemoryError: see `Chunks.each`.
+    """
+    chunks = chunks or Chunks(inner.tasks)
+    found = _mean_over_chunks(rule, inner, start, chunks)
+    if not skip or found.is_finite():
+        return found
+    bad = bad_tasks(rule, inner, start)
+    if not bad:
+        raise FloatingPointError(
+            "the outer gradient overflows, though that of each task is finite: lower the step sizes."
+        )
+    tasks = inner.tasks
+    skipped = torch.full_like(found.skipped, len(bad))
+    if len(bad) == tasks:
+        nothing = found.with_tensors([torch.zeros_like(t) for t in found.tensors()])
+        return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
+    index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
+    good = _mean_over_chunks(rule, inner.only(index), start, chunks)
+    return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
+
+
+def varied(batch: Episode | Numbers, phi: Tree, state: State) -> tuple[Episode | Numbers, Tree, State]:
+    """Other values of every tensor that a meta-gradient depends on."""
+    if isinstance(batch, Episode):
+        batch = batch.map(lambda t: 0.9 * t if t.is_floating_point() else t)
+    batch = batch._replace(number=batch.number + 1000)
+    state = {
+        part: {name: t + 3 if part == SHARED else 0.9 * t + 0.01 for name, t in values.items()}
+        for part, values in state.items()
+    }
+    return batch, {name: 0.9 * p + 0.01 for name, p in phi.items()}, state
+
+
+def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:
+    """The places of the tasks whose loss, outer gradient or inner state is not finite, found by running each alone."""
+    return [t for t in range(inner.tasks) if not _run(rule, inner.only(slice(t, t + 1)), start).is_finite()]
+
+
+def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradient, Tensor]:
+    """The mean over all tasks of all processes, in one all-reduce.
+
+    Args:
+        found: what this process's tasks say.
+        flags: (n,) numbers to be added over processes on the same way.
+
+    Returns:
+        The mean, with `weight` and `skipped` summed, and the sums of `flags`.
+    """
+    if processes() == 1:
+        return found, flags
+    weighted = [t * found.weight.to(t.dtype) for t in found.tensors()]
+    *sums, weight, skipped, flags = sum_over_processes([*weighted, found.weight, found.skipped, flags])
+    means = [s / weight.clamp_min(torch.finfo(weight.dtype).tiny) for s in sums]
+    return found.with_tensors(means)._replace(weight=weight, skipped=skipped), flags
+
+
+def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Chunks) -> MetaGradient:
+    parts = chunks.each("training", inner, lambda part: _run(rule, part, start))
+    mean, share = next(parts)
+    if share == 1:
+        return mean
+    mean = mean.with_tensors([t * share for t in mean.tensors()])  # counters are the same in all chunks
+    for found, share in parts:
+        pairs = zip(mean.tensors(), found.tensors(), strict=True)
+        mean = mean.with_tensors([torch.add(t, more, alpha=share) for t, more in pairs])
+    return mean
+
+
+def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
+    if rule.differentiates:
+        with plain_attention():
+            gradient, trajectory = inner.recorded(settings(rule), rule, start)
+    else:
+        gradient, trajectory = rule(inner, start)
+    ends = trajectory.losses[0], trajectory.losses[-1]  # [[0, -1]] would wait for the device
+    return MetaGradient(
+        tree.detach(gradient),
+        inner.mean_state(trajectory.state),
+        inner.task_mean(torch.stack(ends, 1)),
+        weight=torch.ones((), device=ends[0].device),
+        skipped=torch.zeros((), device=ends[0].device),
+    )

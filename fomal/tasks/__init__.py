@@ -1,0 +1,6 @@
+"""Tasks: episodes, how their examples are drawn, and the stream of them."""
+
+from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.tasks.episode import Episode
+
+__all__ = ["Episode", "EpisodeDataModule"]
