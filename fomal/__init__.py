@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors; `__getattr__` imports the same
     from fomal.adaptation import Adapted, Predictions, adapt
     from fomal.evaluation import ClassificationResult, RegressionResult
-    from fomal.inner import InnerOptimizer
+    from fomal.inner import InnerOptimizer, Loss
     from fomal.learner import MetaLearner
     from fomal.outer import OuterRule
     from fomal.tasks import Episode, EpisodeDataModule
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "adaptation": ("Adapted", "Predictions", "adapt"),
     "evaluation": ("ClassificationResult", "RegressionResult"),
-    "inner": ("InnerOptimizer",),
+    "inner": ("InnerOptimizer", "Loss"),
     "learner": ("MetaLearner",),
     "outer": ("OuterRule",),
     "tasks": ("Episode", "EpisodeDataModule"),
@@ -29,6 +29,7 @@ __all__ = [
     "Episode",
     "EpisodeDataModule",
     "InnerOptimizer",
+    "Loss",
     "MetaLearner",
     "OuterRule",
     "Predictions",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.adaptation.model import Adapted
 from fomal.data.images.image_format import ImageFormat
+from fomal.inner.loss import Loss
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer
 from fomal.learner.build import build, read_checkpoint
@@ -92,13 +93,14 @@ def adapt(
         raise ValueError(f"labels has {len(labels)} entries for {len(support)} images: give one for each.")
     if len(classes) < 2:
         raise ValueError(f"labels has {len(classes)} classes: there must be two at least to tell apart.")
+    y = torch.tensor([classes.index(label) for label in labels])
+    _refuse_other_losses(learner, y)
     learner.to(device)
     if len(classes) != ways:
         _rebuild_head(learner, ways, len(classes))
     if optimizer is not None:
         learner.inner_optimizer, learner.carried = optimizer, None
     learner.eval_inner_steps, learner.eval_inner_batch_size = steps, batch_size
-    y = torch.tensor([classes.index(label) for label in labels])
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
     about = _about(checkpoint, content, learner, ways, Trust(trust))
     about["adaptation"] |= {
@@ -108,6 +110,16 @@ def adapt(
         "loss_last_step": losses[-1].item(),
     }
     return Adapted(learner.network, classes, image_format, support, y, about)
+
+
+def _refuse_other_losses(learner: MetaLearner, y: Tensor) -> None:
+    """Raise ValueError where the network's outputs are no logits of classes, as an adapted model takes them."""
+    loss = learner.objective.loss_of(y)
+    if type(loss).predict is not Loss.predict or "accuracy" not in loss.metrics(y):
+        raise ValueError(
+            f"the checkpoint's loss {type(loss).__name__} does not make the network's outputs logits of classes: adapt "
+            f"in Python, by MetaLearner.inner_loop or evaluate."
+        )
 
 
 def image_format_of(checkpoint: str | Path, trust: Collection[str] | None = None) -> ImageFormat:
@@ -150,7 +162,8 @@ def _give_weights(content: dict[str, Any], source: str, learner: MetaLearner, ta
     learner.network.load_state_dict(weights)
     refuse_nonfinite_weights(learner.network, "adapt")
     learner.carried = content["fomal"]["carried"]
-    learner.objective = Objective(learner.network, vectorize=False)  # there is one task
+    # There is one task.
+    learner.objective = Objective(learner.network, False, loss=learner.loss, query_loss=learner.query_loss)
     return outputs(learner.network.get_submodule(find_head(learner.network)))
 
 

@@ -38,14 +38,14 @@ def halves(episode: Episode) -> list[tuple[Tensor, Tensor]]:
     """
     parts: list[list[tuple[Tensor, Tensor]]] = [[], []]
     for x, y in ((episode.support_x, episode.support_y), (episode.query_x, episode.query_y)):
-        shots = x.shape[1] // episode.ways  # both sets list their examples class by class
-        place = torch.arange(episode.ways * shots, device=x.device) % max(shots, 1)
+        shots = x.shape[1] // episode.blocks  # both sets list their examples class by class
+        place = torch.arange(episode.blocks * shots, device=x.device) % max(shots, 1)
         for half in (0, 1):
             # Of an odd number, the support's extra example goes to the first half and the query's to the second.
             chosen = (place + (x is episode.query_x) * (shots % 2)) % 2 == half
             parts[half].append((x[:, chosen], y[:, chosen]))
     batches = [tuple(torch.cat(sets, 1) for sets in zip(*half, strict=True)) for half in parts]
-    if min(batch[0].shape[1] for batch in batches) < episode.ways:
+    if min(batch[0].shape[1] for batch in batches) < episode.blocks:
         raise ValueError(
             "alignment needs two examples of each class in a task: raise data.shots or data.query_shots to 1 or more."
         )

@@ -86,9 +86,14 @@ def analyze(
         watch: shows the progress through a sequence of groups of tasks, of which it is told what they are for.
 
     Raises:
-        ValueError: too few tasks or mini-batches, or a rule that does not fit their number.
+        ValueError: too few tasks or mini-batches, a rule that does not fit their number, or two losses.
     """
     check_sizes(tasks, batches, lr)
+    if objective.query_loss is not None:
+        raise ValueError(
+            f"query_loss={type(objective.query_loss).__name__}: the expansion is of one loss on all mini-batches: "
+            f"leave model.query_loss out, as null."
+        )
     for rule in rules.values():
         rule.check(batches - rule.needs_query, SGD(lr))
 

@@ -67,16 +67,20 @@ class EpisodeGrid(Callback):
         episode = data.episodes("val", torch.tensor([self.task]))
         if episode.is_regression or not is_image(episode.support_x) or not episode.query_y.numel():
             return
+        logits = self._logits(trainer, learner, data, episode)
+        if logits is None or logits.ndim != 2:
+            return
         self._drawn_at = step
         title = f"Validation task {self.task} after {step:,} meta-iterations"
-        draw_episode(path, episode, self._logits(trainer, learner, data, episode), title, self.shown)
+        draw_episode(path, episode, logits, title, self.shown)
         log_figure(trainer, f"{part.prefix}episode", path)
         if not trainer.validating:
             rank_zero_info(f"A validation task and its predictions are drawn in {path}.")
 
-    def _logits(self, trainer: L.Trainer, learner: MetaLearner, data: EpisodeDataModule, episode: Episode) -> Tensor:
-        """The predictions (Q, ways) for the queries, each forwarded by itself."""
+    def _logits(
+        self, trainer: L.Trainer, learner: MetaLearner, data: EpisodeDataModule, episode: Episode
+    ) -> Tensor | None:
+        """The predictions (Q, ways) for the queries, each forwarded by itself; None where the loss has no classes."""
         with aside(trainer, learner):
             result = learner.evaluate(data.on_after_batch_transfer(episode.to(learner.device), 0))
-        assert isinstance(result, ClassificationResult)  # the labels are classes
-        return result.logits[0]
+        return result.logits[0] if isinstance(result, ClassificationResult) else None

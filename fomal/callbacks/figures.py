@@ -19,6 +19,8 @@ from fomal.tasks.episode import Episode
 from fomal.utils.files import dispensable
 from fomal.utils.output import rank_zero_info, rank_zero_warn
 
+NOTHING_DRAWN = "AdaptationFigure draws regression tasks of one input and one output only: nothing drawn."
+
 
 @contextmanager
 def aside(trainer: L.Trainer, learner: L.LightningModule) -> Iterator[None]:
@@ -64,12 +66,15 @@ class AdaptationFigure(Callback):
         episode = part.data.episodes("val", torch.tensor([self.task])).to(learner.device)
         episode = part.data.on_after_batch_transfer(episode, 0)
         if not episode.is_regression or episode.query_x.shape[2:] != (1,) or episode.query_y.shape[2:] != (1,):
-            rank_zero_warn("AdaptationFigure draws regression tasks of one input and one output only: nothing drawn.")
+            rank_zero_warn(NOTHING_DRAWN)
             return
         order = episode.query_x.flatten().argsort()  # lines are drawn from left to right
         episode = episode._replace(query_x=episode.query_x[:, order], query_y=episode.query_y[:, order])
         with aside(trainer, learner):
             predictions = self._predictions(learner, episode)
+        if any(len(values) != episode.query_y.numel() for values in predictions.values()):  # quantiles, say
+            rank_zero_warn(NOTHING_DRAWN)
+            return
         draw_adaptation(
             path,
             x=episode.query_x.flatten().tolist(),
@@ -86,7 +91,7 @@ class AdaptationFigure(Callback):
         stages = [{name: p[None] for name, p in phi.items()}, *(step.after for step in inner.steps(phi))]
         x = inner.episode.query_x
         asked = [step for step in self.steps if step < len(stages)]
-        return {step: learner.objective.predict(stages[step], x).flatten().tolist() for step in asked}
+        return {step: learner.objective.for_queries().predict(stages[step], x).flatten().tolist() for step in asked}
 
 
 class LearningCurve(Callback):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
@@ -20,7 +21,7 @@ from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.replicas import Replicas, replica_folder
 from fomal.run.checkpoints import meta_iterations
 from fomal.run.provenance import commits, versions
-from fomal.tasks.episode import Episode
+from fomal.tasks.episode import NO_TARGET, Episode
 from fomal.utils.files import write_csv, write_text
 from fomal.utils.output import rank_zero_info
 from fomal.utils.processes import gather
@@ -172,31 +173,43 @@ class PredictionsFile(Callback):
 
 
 def _classification_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    label = outputs["query_y"].tolist()
-    probability, prediction = outputs["logits"].float().softmax(-1).max(-1)  # (T, Q) each
+    """A row for each query, or for each place of one that has many labels; of no label the column is empty."""
+    many = outputs["query_y"].ndim > 2
+    label = outputs["query_y"].flatten(2) if many else outputs["query_y"][..., None]  # (T, Q, places)
+    probability, prediction = outputs["logits"].float().softmax(-1).max(-1)  # (T, Q, *places) each
     probability_t, prediction_t = outputs["logits_transductive"].float().softmax(-1).max(-1)
-    columns = [t.tolist() for t in (prediction, probability, prediction_t, probability_t)]
+    columns = [t.reshape(label.shape).tolist() for t in (prediction, probability, prediction_t, probability_t)]
+    labels = label.tolist()
     return [
         {
             "episode": number,
             "query": q,
-            "label": label[t][q],
-            "prediction": columns[0][t][q],
-            "probability": columns[1][t][q],
-            "prediction_transductive": columns[2][t][q],
-            "probability_transductive": columns[3][t][q],
+            **({"place": p} if many else {}),
+            "label": "" if labels[t][q][p] == NO_TARGET else labels[t][q][p],
+            "prediction": columns[0][t][q][p],
+            "probability": columns[1][t][q][p],
+            "prediction_transductive": columns[2][t][q][p],
+            "probability_transductive": columns[3][t][q][p],
         }
         for t, number in enumerate(outputs["number"].tolist())
-        for q in range(len(label[t]))
+        for q in range(label.shape[1])
+        for p in range(label.shape[2])
     ]
 
 
 def _regression_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    target, prediction = (
-        outputs[name].reshape(*outputs[name].shape[:2], -1).tolist() for name in ("query_y", "predictions")
-    )
+    """A row for each target of each query; of several predictions of it, such as quantiles, each has a column."""
+    y, predictions = outputs["query_y"], outputs["predictions"]
+    y = y if y.ndim > 2 else y[..., None]  # (T, Q, ..., D)
+    several, rest = divmod(predictions.numel(), y.numel())
+    if rest:  # they are of something else
+        y, several = torch.full_like(predictions, torch.nan), 1
+    target = y.flatten(2).tolist()
+    each = predictions.reshape(*y.shape[:-1], several, y.shape[-1]).movedim(-2, -1).flatten(2, -2).tolist()
+    names = ["prediction"] if several == 1 else [f"prediction_{n}" for n in range(several)]
     return [
-        {"episode": number, "query": q, "output": o, "target": target[t][q][o], "prediction": prediction[t][q][o]}
+        {"episode": number, "query": q, "output": o, "target": target[t][q][o]}
+        | dict(zip(names, each[t][q][o], strict=True))
         for t, number in enumerate(outputs["number"].tolist())
         for q in range(len(target[t]))
         for o in range(len(target[t][q]))

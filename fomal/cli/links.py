@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from fomal.cli.checkpoint import imported
 from fomal.cli.errors import UsageError
 from fomal.cli.given import Given, loaded, short_key
+from fomal.inner.loss import Loss
 from fomal.learner.build import SEED, WAYS
 from fomal.models.classifier import ALIASES, Classifier
 from fomal.tasks.datamodule import EpisodeDataModule
@@ -86,14 +87,28 @@ def _contradiction(key: str, value: Any, follows: str, source: str) -> UsageErro
 
 
 def _sizes(config: Namespace) -> Mapping[str, Any]:
-    """The sizes that the data say; none where they cannot be built, which is told when they are."""
+    """The sizes that the data and the loss say; none where they cannot be built, which is told when they are."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
     try:
         data: EpisodeDataModule = parser.instantiate(Namespace(data=config.data.clone())).data  # type: ignore[no-untyped-call]
     except Exception:
         return {}
-    return data.network_sizes()
+    sizes, loss = dict(data.network_sizes()), _loss(config)
+    if loss is not None and "out_features" in sizes:
+        sizes["out_features"] = loss.outputs(sizes["out_features"])
+    return sizes
+
+
+def _loss(config: Namespace) -> Loss | None:
+    """The loss of the configuration; None where there is none, or where it cannot be built."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Loss, "loss", required=False)
+    given = config.model.get("loss") or config.model.get("query_loss")
+    try:
+        return parser.instantiate(Namespace(loss=given.clone())).loss if given else None  # type: ignore[no-untyped-call]
+    except Exception:
+        return None
 
 
 def _parameters(kind: Any) -> set[str]:

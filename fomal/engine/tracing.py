@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ from fomal.engine.functional import full_precision, helpers, is_short, with_help
 from fomal.engine.kernels import StackedOperations
 from fomal.engine.pytree import flatten, signature, skeleton, unflatten
 from fomal.utils.checks import first_line
-from fomal.utils.fingerprint import Snapshot, changes
+from fomal.utils.fingerprint import Snapshot, changes, settings
 from fomal.utils.tree import Tree, difference
 
 log = logging.getLogger(__name__)
@@ -62,10 +62,17 @@ class Recorder:
         network: the network.
         wanted: False runs everything as it is written; None records a network made of known modules alone.
         compiled: hand recordings to `torch.compile`.
+        losses: what the functions use beside the network.
     """
 
-    def __init__(self, network: nn.Module, wanted: bool | None = None, compiled: bool = False) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        wanted: bool | None = None,
+        compiled: bool = False,
+        losses: Sequence[object] = (),
+    ) -> None:
+        self.network, self.losses = network, losses
         self.compiled = compiled
         self.reason = ""  # why functions run as they are written
         self.wanted = wanted
@@ -139,10 +146,9 @@ class Recorder:
 
     def _recorded(self, function: Function, args: Any) -> Recording | None:
         """A recording, compared with the function; None where the result is not finite, and nothing can be compared."""
-        if self.wanted is None and (unknown := _unknown(self.network)):
+        if self.wanted is None and (unknown := _unknown(self.network, self.losses)):
             raise ValueError(
-                f"{unknown} is not a module whose forward is known to be the same each time; model.recorded: true says "
-                f"that it is"
+                f"{unknown} is not known to compute the same each time; model.recorded: true says that it does"
             )
         if (hooked := _hooked(self.network)) is not None:
             raise ValueError(f"{hooked or 'the network'} has hooks, which would run once only")
@@ -150,11 +156,14 @@ class Recorder:
         exact = nullcontext() if self.compiled else full_precision(leaves[0].device)  # the compiler keeps to settings
         with torch.random.fork_rng(_cuda_devices(args)), _restored_random_states(), exact:
             before, network, counts = _random_states(), Snapshot(self.network), [*map(changes, leaves)]
+            losses = [*map(settings, self.losses)]
             expected = function(*args)
             if _random_states() != before:
                 raise ValueError("the network draws random numbers")
             if network.changed(Snapshot(self.network)) or counts != [*map(changes, leaves)]:
                 raise ValueError("its forward changes its own attributes or buffers, as a recording would once only")
+            if losses != [*map(settings, self.losses)]:
+                raise ValueError("the loss changes its own attributes, as a recording would once only")
             if not all(t.isfinite().all() for t in flatten(expected)[0]):
                 return None
             if (wide := _wide(function, args)) is not None:
@@ -255,9 +264,11 @@ def _hooked(network: nn.Module) -> str | None:
     return next((name for name, m in network.named_modules() if any(getattr(m, kind) for kind in own)), None)
 
 
-def _unknown(network: nn.Module) -> str:
+def _unknown(network: nn.Module, losses: Sequence[object]) -> str:
     known = ("torch", "fomal", "torchvision", "timm")
-    return next((type(m).__name__ for m in network.modules() if type(m).__module__.split(".")[0] not in known), "")
+    within = [part for loss in losses for part in vars(loss).values() if isinstance(part, nn.Module)]
+    parts = [*losses, *(module for whole in (network, *within) for module in whole.modules())]
+    return next((type(part).__name__ for part in parts if type(part).__module__.split(".")[0] not in known), "")
 
 
 def _is_short(leaves: list[Tensor]) -> bool:

@@ -244,7 +244,8 @@ class InnerLoop:
             gradient, trajectory = run(inner, start)
             return gradient, *trajectory
 
-        settled = (name, settings(self.optimizer), self.replicas, self.adapted, self.episode.ways)
+        losses = self.objective.losses_used()
+        settled = (name, settings(self.optimizer), losses, self.replicas, self.adapted, self.episode.ways)
         episode = self.episode
         tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
         gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)
@@ -252,8 +253,8 @@ class InnerLoop:
 
     def query_gradients(self, params: Tree) -> Tree:
         """Each task's gradient of the query loss at its own stacked parameters."""
-        return self.objective.gradients(params, self.episode.query_x, self.episode.query_y)[0]
+        return self.objective.for_queries().gradients(params, self.episode.query_x, self.episode.query_y)[0]
 
     def query_losses(self, params: Tree) -> Tensor:
         """Each task's query loss, (T,), at its own stacked parameters."""
-        return self.objective.losses(params, self.episode.query_x, self.episode.query_y)
+        return self.objective.for_queries().losses(params, self.episode.query_x, self.episode.query_y)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fomal.engine.functional import forward, full_precision, helpers, plain_attention, with_helpers
 from fomal.engine.tracing import Recorder
+from fomal.inner.loss import Loss, mean_loss
+from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import Snapshot, settings
@@ -26,11 +29,10 @@ WIDE_TOLERANCE = 1e-6
 """How far vectorised derivatives may be off in float64, relative to the norm."""
 NARROW_TOLERANCE = 1e-2
 """Likewise in less, where the network cannot be computed in float64."""
-NO_TARGET = torch.iinfo(torch.int64).min  # as label, which torch leaves out; its default, -100, may be a user's
 
 
 class Objective:
-    """The inner problem of a network: cross-entropy for integer labels, mean squared error for real targets.
+    """The inner problem of a network: the mean of a loss over the examples of each task, and its derivatives.
 
     Tasks are vectorised with `torch.func.vmap`; a network that cannot be (data-dependent control flow, say) is run
     in a loop over the tasks, with the same results.
@@ -39,14 +41,24 @@ class Objective:
         network: any module; reached through `torch.func.functional_call`.
         vectorize: True or False to decide; None tries and falls back, with one line that says why.
         recorder: records what is vectorised, and replays it; None: everything runs as it is written.
+        loss: of the tasks; None: by the targets, see `loss_for`.
+        query_loss: of their query sets; None: the same.
     """
 
-    def __init__(self, network: nn.Module, vectorize: bool | None = None, recorder: Recorder | None = None) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        vectorize: bool | None = None,
+        recorder: Recorder | None = None,
+        loss: Loss | None = None,
+        query_loss: Loss | None = None,
+    ) -> None:
+        self.network, self.loss, self.query_loss = network, loss, query_loss
         self.recorder = recorder
         self.vectorize = vectorize
         self.is_given = vectorize is not None
         self._order = 0  # up to which order of derivatives `vectorize` is settled
+        self._with_query = False  # whether for the query sets' loss too
         self._seen: Snapshot | None = None  # the network that it is settled for
         self._own: set[int] = set()  # what the network's forward changes in it
         self._is_settling = False
@@ -55,9 +67,14 @@ class Objective:
         """Without what is settled, which is found again."""
         return {**self.__dict__, "_order": 0, "_seen": None, "_own": set()}
 
-    def is_settled(self, second_order: bool) -> bool:
-        """Whether it is settled how to run over tasks, for first or second derivatives, for the network as it is."""
-        if self._order < 1 + second_order:
+    def is_settled(self, second_order: bool, with_query: bool = False) -> bool:
+        """Whether it is settled how to run over tasks, for first or second derivatives, for the network as it is.
+
+        Args:
+            second_order: see `settle`.
+            with_query: whether the loss of the query sets, where it is another one, is needed too.
+        """
+        if self._order < 1 + second_order or (with_query and not self._with_query):
             return False
         self._seen = self._seen or Snapshot(self.network)
         now = self._seen.now()
@@ -76,7 +93,34 @@ class Objective:
         plain.recorder = None
         return plain
 
-    def settle(self, params: Tree, x: Tensor, y: Tensor, second_order: bool = False) -> None:
+    def is_of(self, network: nn.Module, loss: Loss | None, query_loss: Loss | None) -> bool:
+        """Whether it is of these very objects."""
+        return self.network is network and self.loss is loss and self.query_loss is query_loss
+
+    def for_queries(self) -> Objective:
+        """The same with the loss of the query sets."""
+        if self.query_loss is None:
+            return self
+        other = copy(self)
+        other.loss, other.query_loss = self.query_loss, None
+        return other
+
+    def loss_of(self, y: Tensor) -> Loss:
+        """The loss of targets (..., *target)."""
+        return loss_for(y) if self.loss is None else self.loss
+
+    def losses_used(self) -> tuple[Any, ...]:
+        """All that results depend on of both losses, hashable: equal for equal settings."""
+        return tuple(None if loss is None else settings(loss) for loss in (self.loss, self.query_loss))
+
+    def settle(
+        self,
+        params: Tree,
+        x: Tensor,
+        y: Tensor,
+        second_order: bool = False,
+        query: Sequence[Tensor] = (),
+    ) -> None:
         """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop.
 
         Both are computed in float64, in which two right ways hardly differ, or else with the full precision of what
@@ -85,28 +129,30 @@ class Objective:
         Args:
             params: one set of parameters.
             x: (2, B, *input).
-            y: (2, B) labels, or targets (2, B, *output).
+            y: (2, B, ...) labels or targets.
             second_order: whether derivatives of the gradients will be needed too; some of torch's operations have
                 wrong ones under vmap.
+            query: likewise x and y for the query sets' loss, where it is another one.
         """
         before = Snapshot(self.network)
+        examples = (x, y, *query)
         reason: str | None = ""
         if not self.is_given:
-            reason = self._settled(stack(params, len(x)), x, y, second_order)
+            reason = self._settled(stack(params, len(x)), examples, second_order)
             self.vectorize = reason == ""
         self._seen = Snapshot(self.network)
         changed = before.changed(self._seen)
         self._own = changed if len(before.values) == len(self._seen.values) else set()
-        self._order = 0 if reason is None else 1 + second_order
+        self._order, self._with_query = (0 if reason is None else 1 + second_order), bool(query)
         if reason:
             log.warning(
                 "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s; "
                 "model.vectorize: false says so beforehand, true runs them together all the same",
-                type(self.network).__name__,
+                " with ".join(type(part).__name__ for part in (self.network, self.loss, self.query_loss) if part),
                 reason,
             )
 
-    def _settled(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str | None:
+    def _settled(self, params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> str | None:
         """Why the tasks cannot be vectorised; empty where they can, None where it cannot be told."""
         was_training = self.network.training
         modes = [(module, module.training) for module in self.network.modules()]
@@ -114,21 +160,32 @@ class Objective:
         self._is_settling = True
         try:
             # Rounding is not what is looked for.
-            with torch.autocast(x.device.type, enabled=False), full_precision(x.device), _twice(second_order):
-                reason = self._try(params, x, y, second_order)
+            device = examples[0].device
+            with torch.autocast(device.type, enabled=False), full_precision(device), _twice(second_order):
+                reason = self._try(params, examples, second_order)
         finally:
             for module, mode in modes:
                 module.training = mode
             self._is_settling = False
         if was_training and reason == "":  # there may be random operations that vmap refuses
             self.vectorize = True
-            reason = _reason(lambda: self._over_tasks(self._loss)(params, x, y))
+            parts = self.parts(*examples)
+            reason = _reason(lambda: [part._over_tasks(part._loss)(params, x, y) for part, x, y in parts])
         return reason
 
-    def _try(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> str | None:
+    def parts(self, x: Tensor, y: Tensor, *query: Tensor) -> list[tuple[Objective, Tensor, Tensor]]:
+        """What there is to settle: the objective, and that of the query sets where examples of these are given."""
+        return [(self, x, y), *([(self.for_queries(), *query)] if query else [])]  # type: ignore[list-item]
+
+    def _try(self, params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> str | None:
         """See `_settled`."""
-        run: Callable[..., list[Tree]] = with_helpers(self.network, self._derivatives)
-        args = detach(helpers(self.network, set(params))), params, x, y
+
+        def derivatives(params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> list[Tree]:
+            parts = self.parts(*examples)
+            return [found for part, x, y in parts for found in part._derivatives(params, x, y, second_order)]
+
+        run: Callable[..., list[Tree]] = with_helpers(self.network, derivatives)
+        args = detach(helpers(self.network, set(params))), params, examples
         wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
         self.vectorize = False
         tolerance = WIDE_TOLERANCE
@@ -142,7 +199,7 @@ class Objective:
         self.vectorize = True
         found: list[Tree] = []
         reason = _reason(lambda: found.extend(run(*wide, second_order)))
-        reason = reason or _difference(found, expected, tolerance)
+        reason = reason or _difference(found, expected, tolerance, second_order)
         return reason or _reason(lambda: run(*args, second_order))
 
     def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
@@ -160,14 +217,14 @@ class Objective:
         Args:
             params: stacked parameters, (T, ...) each.
             x: (T, B, *input).
-            y: (T, B) labels, or targets (T, B, *output).
+            y: (T, B, ...) labels or targets.
             common: the network's other parameters, not stacked: all tasks have the same ones, and their gradient is
                 not computed.
 
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        return self.run("gradients", self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
+        return self.run(("gradients", self.losses_used()), self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
 
     def _gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, Tensor]:
         def loss(params: Tree, x: Tensor, y: Tensor) -> Tensor:
@@ -185,7 +242,7 @@ class Objective:
             params: stacked parameters, (T, ...) each.
             state: the optimiser's stacked state.
             x: (T, B, *input).
-            y: (T, B) labels, or targets (T, B, *output).
+            y: (T, B, ...) labels or targets.
             common: as for `gradients`.
         """
 
@@ -193,7 +250,8 @@ class Objective:
             gradient, loss = self._gradients(params, x, y, common)
             return *optimizer.update(gradient, state, params), gradient, loss  # a recording is judged by its gradient
 
-        moved, state, _, loss = self.run(("step", settings(optimizer)), step, params, state, x, y, common)
+        name = "step", settings(optimizer), self.losses_used()
+        moved, state, _, loss = self.run(name, step, params, state, x, y, common)
         return moved, state, loss
 
     def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
@@ -202,7 +260,7 @@ class Objective:
         Args:
             params: stacked parameters, (T, ...) each.
             x: (T, B, *input).
-            y: (T, B) labels, or targets (T, B, *output).
+            y: (T, B, ...) labels or targets.
             vectors: (T, ...) each, with the names and shapes of `params`.
         """
 
@@ -217,14 +275,14 @@ class Objective:
 
     def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
-        return self.run("losses", self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
+        return self.run(("losses", self.losses_used()), self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
 
     def predict(self, params: Tree, x: Tensor) -> Tensor:
-        """Outputs (T, B, *output) with all of a task's inputs x (T, B, *input) in one forward pass."""
-        return self.run("predict", self._over_tasks(self._forward), params, x)  # type: ignore[no-any-return]
+        """Predictions (T, B, *prediction) with all of a task's inputs x (T, B, *input) in one forward pass."""
+        return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), params, x)  # type: ignore[no-any-return]
 
     def predict_alone(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
-        """Outputs (T, Q, *output) with each query forwarded together with the whole support set and nothing else.
+        """Predictions (T, Q, *prediction), each query forwarded together with the whole support set and nothing else.
 
         Args:
             params: stacked parameters.
@@ -233,7 +291,7 @@ class Objective:
         """
 
         def with_support(params: Tree, support: Tensor, query: Tensor) -> Tensor:
-            return self._forward(params, torch.cat([support, query[None]]))[-1]  # (S + 1, *input) -> (*output)
+            return self._prediction(params, torch.cat([support, query[None]]))[-1]  # (S + 1, *input) -> (*prediction)
 
         def task(params: Tree, support: Tensor, queries: Tensor) -> Tensor:
             if self.vectorize:
@@ -242,7 +300,7 @@ class Objective:
                 )
             return torch.stack([with_support(params, support, query) for query in queries])
 
-        return self.run("alone", self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
+        return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
 
     def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, recorded where that is on; see `Recorder.__call__`."""
@@ -253,11 +311,11 @@ class Objective:
     def _forward(self, params: Tree, x: Tensor) -> Tensor:
         return forward(self.network, params, x)  # type: ignore[no-any-return]
 
+    def _prediction(self, params: Tree, x: Tensor) -> Tensor:
+        return self._forward(params, x) if self.loss is None else self.loss.predict(partial(self._forward, params), x)
+
     def _loss(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
-        output = self._forward(params, x)
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        y = y.to(output.dtype) if y.is_floating_point() else y
-        return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output, y, ignore_index=NO_TARGET)
+        return mean_loss(self.loss_of(y), partial(self._forward, params), x, y)
 
     def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         if self.vectorize:
@@ -287,9 +345,10 @@ def _reason(run: Callable[[], object]) -> str:
     return ""
 
 
-def _difference(found: list[Tree], expected: list[Tree], tolerance: float) -> str:
+def _difference(found: list[Tree], expected: list[Tree], tolerance: float, second_order: bool) -> str:
     """What is wrong with `found`, in words; empty where it equals `expected` up to rounding."""
-    for a, b, what in zip(found, expected, ("gradient", "second derivative"), strict=False):
+    names = cycle(("gradient", "second derivative") if second_order else ("gradient",))
+    for a, b, what in zip(found, expected, names, strict=False):
         error, scale = difference(a, b)
         if not error <= tolerance * scale + torch.finfo(scale.dtype).tiny:
             return f"its vectorised {what} is off by {error / scale:.1e} of its norm"

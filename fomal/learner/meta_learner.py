@@ -24,6 +24,8 @@ from fomal.engine.tracing import Recorder
 from fomal.evaluation.metrics import TaskMean, merge_over_processes
 from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate
 from fomal.inner.loop import InnerLoop, take
+from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
+from fomal.inner.loss_of_targets import looks_like_labels
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.learner.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
@@ -31,7 +33,7 @@ from fomal.learner.restoring import check_carried, check_module, check_outer, mi
 from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
 from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
-from fomal.models.usable import refuse_outputs, refuse_unusable
+from fomal.models.usable import checked, refuse_unusable
 from fomal.outer.meta_gradient import MetaGradient, bad_tasks, mean_over_processes, meta_gradient, varied
 from fomal.outer.rule import OuterRule
 from fomal.run.provenance import commits, versions
@@ -72,11 +74,10 @@ class MetaLearner(L.LightningModule):
     """Learns an initialisation of `network` from which a few inner steps solve a new task.
 
     Optimisation is manual: in each meta-iteration `rule` adapts a meta-batch of tasks with `inner_optimizer` and
-    returns an outer gradient, which `outer_optimizer` descends. Classification or regression follows from the
-    data's labels (int64, or floating point).
+    returns an outer gradient, which `outer_optimizer` descends.
 
     Args:
-        network: any module from inputs (B, *input) to outputs (B, ways) or (B, *output).
+        network: any module from inputs (B, *input) to outputs as the loss has them, e.g. (B, ways) or (B, *target).
         rule: outer rule, e.g. `fomal.outer.Reptile`.
         inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
         outer_optimizer: any torch optimiser; SGD with lr = eps is the paper's interpolation.
@@ -114,6 +115,9 @@ class MetaLearner(L.LightningModule):
         outer_clip_val: clip the outer gradient, the mean over all tasks, before the outer optimiser: as
             `trainer.gradient_clip_val` does where there is a loss. Null: do not.
         outer_clip_algorithm: by the norm of all parameters together, or each value by itself.
+        loss: of a task's examples, e.g. `fomal.inner.Huber`; null: from the data, cross-entropy of int64 labels and
+            squared error of floating-point targets.
+        query_loss: of the query sets, in outer rules and in evaluations, where it is another one.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -143,6 +147,8 @@ class MetaLearner(L.LightningModule):
         cuda_graph: bool = False,
         outer_clip_val: float | None = None,
         outer_clip_algorithm: Literal["norm", "value"] = "norm",
+        loss: Loss | None = None,
+        query_loss: Loss | None = None,
     ) -> None:
         super().__init__()
         positive(
@@ -183,6 +189,7 @@ class MetaLearner(L.LightningModule):
         self.eval_inner_batch_size = eval_inner_batch_size
         self.adapt, self.outer_parameters = adapt, outer_parameters
         self.vectorize, self.recorded, self.compiled = vectorize, recorded, compiled
+        self.loss, self.query_loss = loss, query_loss
         self._take_network()
         self.chunks = Chunks(tasks_per_chunk)
         self.cuda_graph = cuda_graph
@@ -216,7 +223,9 @@ class MetaLearner(L.LightningModule):
         self.adapted = None if self.adapt is None else matching(self.network, self.adapt)
         if self.adapted is not None:
             self._restrict(self.adapted, self.outer_parameters)
-        self.objective = Objective(self.network, self.vectorize, Recorder(self.network, self.recorded, self.compiled))
+        losses = [loss for loss in (self.loss, self.query_loss) if loss is not None]
+        recorder = Recorder(self.network, self.recorded, self.compiled, losses)
+        self.objective = Objective(self.network, self.vectorize, recorder, self.loss, self.query_loss)
 
     def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
         """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
@@ -266,7 +275,7 @@ class MetaLearner(L.LightningModule):
 
     def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
         """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
-        if self.objective.network is not self.network:
+        if not self.objective.is_of(self.network, self.loss, self.query_loss):
             self._take_network()
         like = next(p for p in self.network.parameters() if p.is_floating_point())
         if training and self.rule.needs_query and not episode.query_x.shape[1]:
@@ -290,20 +299,29 @@ class MetaLearner(L.LightningModule):
         stream = (episode.seed, episode.split, episode.number)
         if not training or self.rule.tail_shots is None:
             return minibatch_plan(*stream, examples, steps, batch, self.inner_replacement)
-        head, tail = separate_tail(examples, episode.ways, self.rule.tail_shots, episode.number.device)
+        head, tail = separate_tail(examples, episode.blocks, self.rule.tail_shots, episode.number.device)
         plan = minibatch_plan(*stream, len(head), steps - 1, batch, self.inner_replacement)
         return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
 
     @torch.no_grad()
     def _check_network(self, inner: InnerLoop, second_order: bool) -> None:
         """At the first use: refuse a network that does not fit the data, and settle how to run over tasks."""
-        if self.objective.is_settled(second_order):
+        with_query = self.query_loss is not None and bool(inner.episode.query_x.shape[1])
+        if self.objective.is_settled(second_order, with_query):
             return
         if inner.episode.number.device.type != "cpu":
             inner.episode.to("cpu").check()  # here there may be a wait
-        x, y = (take(part[:2], inner.plan[0][:2]) for part in (inner.episode.support_x, inner.episode.support_y))
-        refuse_outputs(self.network, x[0], y[0], inner.episode.ways)
-        self.objective.settle(self.initialisation(), x, y, second_order)
+        episode = inner.episode
+        x, y = (take(part[:2], inner.plan[0][:2]) for part in (episode.support_x, episode.support_y))
+        query = (episode.query_x[:2], episode.query_y[:2]) if with_query else ()
+        for part, some_x, some_y in self.objective.parts(x, y, *query):
+            check_loss(part.loss_of(some_y), checked(self.network, some_y), some_x[0], some_y[0], episode.ways)
+        if self.loss is None and looks_like_labels(episode.support_y[:2].flatten(0, 1)):
+            rank_zero_info(
+                "The targets are several zeros and ones: their loss is the squared error; for labels that are there or "
+                "not, model.loss: fomal.inner.BinaryCrossEntropy."
+            )
+        self.objective.settle(self.initialisation(), x, y, second_order, query)
 
     # -- training
 
@@ -339,7 +357,14 @@ class MetaLearner(L.LightningModule):
         """The settings that `gradient_of` depends on."""
         inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, settings(self.inner_optimizer)
         network = Snapshot(self.network, storages=True)
-        return inner, settings(self.rule), self.adapted, self.objective.vectorize, network
+        return (
+            inner,
+            settings(self.rule),
+            self.objective.losses_used(),
+            self.adapted,
+            self.objective.vectorize,
+            network,
+        )
 
     def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
         """One meta-iteration."""
@@ -650,7 +675,8 @@ class MetaLearner(L.LightningModule):
             "carried": self.carried,
             "max_steps": total_steps(self.trainer),
             "skipped_tasks": self.skipped_tasks,
-            "settings": {name: getattr(self, name) for name in KEPT},
+            "settings": {name: getattr(self, name) for name in KEPT}
+            | kinds(loss=self.loss, query_loss=self.query_loss),
             "versions": versions(),
             "commits": commits(),
         }
@@ -690,6 +716,7 @@ class MetaLearner(L.LightningModule):
             missing = [name for name in ("network", "rule", "inner_optimizer") if name not in parts]
             if missing:
                 raise ValueError(f"{checkpoint_path}: give load_from_checkpoint {' and '.join(missing)} too.")
+            refuse_missing(saved.get("settings", {}), parts, checkpoint_path)
             learner = cls(
                 **{**{name: value for name, value in saved.get("settings", {}).items() if name in KEPT}, **parts}
             )

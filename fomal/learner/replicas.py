@@ -315,6 +315,7 @@ def _check(learners: Sequence[MetaLearner]) -> None:
     for place, other in enumerate(learners[1:], 1):
         wrong = [name for name in SAME if getattr(first, name) != getattr(other, name)]
         wrong += [] if settings(first.rule) == settings(other.rule) else ["rule"]
+        wrong += [] if first.objective.losses_used() == other.objective.losses_used() else ["loss"]
         wrong += [] if _but_lr(first) == _but_lr(other) else ["inner_optimizer"]
         wrong += [] if _architecture(first.network) == _architecture(other.network) else ["network"]
         wrong += [] if _same_buffers(first.network, other.network) else ["network's buffers"]

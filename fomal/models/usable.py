@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -53,21 +56,37 @@ def refuse_unusable(network: nn.Module) -> None:
             raise ValueError(f"{key!r} of model.network has dtype {p.dtype}: use floating-point parameters.")
 
 
-def refuse_outputs(network: nn.Module, x: Tensor, y: Tensor, ways: int) -> None:
-    """Check what a network makes of one task's examples.
+def checked(network: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The network as a function of inputs (B, *input) that refuses outputs no loss can do with.
 
     Args:
         network: any module.
-        x: (B, *input).
-        y: (B,) labels, or targets (B, *output).
-        ways: classes, for labels.
+        y: what its outputs are compared with, for the messages.
 
-    Raises:
-        ValueError: it fails on them, or returns something else than a prediction for each.
+    Returns:
+        A function that raises ValueError where the network fails, changes a buffer, or returns something else than a
+        floating-point tensor.
     """
+    wanted = "targets" if y.is_floating_point() else "logits"
+
+    def forward(x: Tensor) -> Tensor:
+        output = _run(network, x)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"model.network returns a {type(output).__name__} rather than a tensor of {wanted}: let its forward "
+                f"return these alone."
+            )
+        if not output.is_floating_point():
+            raise ValueError(f"model.network returns {output.dtype}: let its forward return floating-point {wanted}.")
+        return output
+
+    return forward
+
+
+def _run(network: nn.Module, x: Tensor) -> Any:
     before = {name: changes(t) for name, t in network.named_buffers()}
     try:
-        output = network(x)  # (B, ...)
+        output = network(x)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of users' modules: many kinds
@@ -81,21 +100,4 @@ def refuse_outputs(network: nn.Module, x: Tensor, y: Tensor, ways: int) -> None:
             f"which the inner loop cannot, and which mean nothing between tasks: use track_running_stats=False, or "
             f"fomal.models.BatchNorm."
         )
-    wanted = "targets" if y.is_floating_point() else "logits"
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"model.network returns a {type(output).__name__} rather than a tensor of {wanted}: let its forward return "
-            f"these alone."
-        )
-    if not output.is_floating_point():
-        raise ValueError(f"model.network returns {output.dtype}: let its forward return floating-point {wanted}.")
-    if y.is_floating_point() and output.shape != y.shape:
-        raise ValueError(
-            f"model.network returns {tuple(output.shape[1:])} per example, but the data's targets are "
-            f"{tuple(y.shape[1:])}: give the network as many outputs."
-        )
-    if not y.is_floating_point() and output.shape != (len(x), ways):
-        raise ValueError(
-            f"model.network returns {tuple(output.shape[1:])} per example, but data.ways={ways}: give the network "
-            f"{ways} outputs, or change data.ways."
-        )
+    return output

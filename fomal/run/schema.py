@@ -323,6 +323,8 @@ _SETTINGS = _mapping(
         "outer_final": _finite,
         "inner_replacement": _flag,
         "outer_clip_val": _optional(_finite),
+        "loss": _optional(_text),
+        "query_loss": _optional(_text),
         "adapt": _optional(_list(_text)),
     },
 )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 FIELDS = ("support_x", "support_y", "query_x", "query_y")
+NO_TARGET = torch.iinfo(torch.int64).min
+"""In place of a label: it counts neither in a loss nor in an accuracy. Torch's own, -100, may be a mistake."""
 KINDS = ("training", "validation", "test")
 """The episodes of each of `fomal.tasks.sampler.SPLITS`, in messages."""
 
@@ -30,14 +32,14 @@ class Numbers(NamedTuple):
 class Episode(NamedTuple):
     """T tasks with their support and query sets.
 
-    Classification has int64 labels in [0, ways); regression has floating-point targets.
-    Each task lists its support examples class by class, equally many of each.
+    Classification has int64 labels in [0, ways), or `NO_TARGET`; regression has floating-point targets.
+    Where each example has one label, a task lists its support examples class by class, equally many of each.
 
     Attributes:
         support_x: (T, S, *input), the examples to adapt on.
-        support_y: (T, S) labels or (T, S, *output) targets.
+        support_y: labels (T, S), or (T, S, *places) of which an example has many, or targets (T, S, *output).
         query_x: (T, Q, *input), the held-out examples; Q may be 0.
-        query_y: (T, Q) or (T, Q, *output).
+        query_y: likewise, (T, Q, ...).
         number: (T,) int64, the number of each task in the stream of its split.
         ways: number of classes; 1 for regression.
         seed: the seed of that stream.
@@ -70,6 +72,11 @@ class Episode(NamedTuple):
     def is_regression(self) -> bool:
         """Whether the targets are floating-point numbers."""
         return self.support_y.is_floating_point()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of equally many examples a task lists its support in: its classes, where it is by class."""
+        return self.ways if self.support_y.ndim == 2 else 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Episode:
         """The same episode with every tensor on `device`."""
@@ -182,29 +189,24 @@ class Episode(NamedTuple):
                 f"Episode.query_y is {self.query_y.dtype}, support_y is {self.support_y.dtype}: "
                 f"use int64 labels in both, or floating-point targets in both."
             )
+        if self.support_y.shape[2:] != self.query_y.shape[2:]:
+            raise ValueError(
+                f"Episode.query_y has shape {tuple(self.query_y.shape[2:])} per example, support_y has "
+                f"{tuple(self.support_y.shape[2:])}: support and query need the same target shape."
+            )
         if self.is_regression:
             if self.ways != 1:
                 raise ValueError(
                     f"Episode.support_y is {self.support_y.dtype}, as for a regression, but ways={self.ways}: give "
                     f"int64 labels (y.long()), or ways=1 for targets."
                 )
-            if self.support_y.shape[2:] != self.query_y.shape[2:]:
-                raise ValueError(
-                    f"Episode.query_y has shape {tuple(self.query_y.shape[2:])} per example, support_y has "
-                    f"{tuple(self.support_y.shape[2:])}: support and query need the same target shape."
-                )
             return
         for name in ("support_y", "query_y"):
             self._check_labels(name, getattr(self, name))
 
     def _check_labels(self, name: str, y: Tensor) -> None:
-        if y.ndim != 2:
-            raise ValueError(
-                f"Episode.{name} has shape {tuple(y.shape)}: labels are one number for each example, (tasks, "
-                f"examples); of one-hot vectors take y.argmax(-1), and of several labels at once choose one."
-            )
         if y.dtype != torch.int64:
-            raise ValueError(f"Episode.{name} is {y.dtype}: give int64 labels, by y.long().")
+            raise ValueError(f"Episode.{name} is {y.dtype}: give int64 labels, by y.long(), or targets, by y.float().")
         if self.ways < 2:
             raise ValueError(
                 f"Episode.ways={self.ways} with the labels of a classification: give the number of classes, at least 2."
@@ -212,12 +214,14 @@ class Episode(NamedTuple):
         if y.device.type != "cpu" or not y.numel():
             return
         low, high = (int(value) for value in y.aminmax())
+        if low == NO_TARGET:
+            low = int(y.where(y != NO_TARGET, 0).min())
         if low < 0 or high >= self.ways:
             value = low if low < 0 else high
-            episode = self.number[(y == value).any(1)][0].item()
+            episode = self.number[(y == value).flatten(1).any(1)][0].item()
             raise ValueError(
                 f"Episode.{name} has the label {value} in {KINDS[self.split]} episode {episode}, but ways={self.ways}: "
-                f"labels are 0 to {self.ways - 1}; of those from 1 take one off."
+                f"labels are 0 to {self.ways - 1}; of those from 1 take one off; NO_TARGET leaves one out."
             )
 
 

@@ -184,7 +184,7 @@ class Own(nn.Module):
         (
             "",
             None,
-            "Own is not a module whose forward is known to be the same each time; model.recorded: true says that",
+            "Own is not known to compute the same each time; model.recorded: true says that",
         ),
         ("python", True, "the network draws random numbers"),
         ("torch", True, "the network draws random numbers"),

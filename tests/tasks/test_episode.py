@@ -4,7 +4,7 @@ import torch
 
 from fomal.inner import SGD
 from fomal.outer import QueryFOMAML, Reptile
-from fomal.tasks.episode import Episode
+from fomal.tasks.episode import NO_TARGET, Episode
 from tests.helpers.learners import blob_learner, trainer
 
 
@@ -34,6 +34,9 @@ def test_a_sound_episode_passes_and_tells_its_kind():
     assert episode().check().tasks == 2
     assert not episode().is_regression
     assert episode(**REAL).check().is_regression
+    many = torch.stack([labels(2), labels(NO_TARGET)], -1)  # (2, 6, 2)
+    assert episode(support_y=many, query_y=many[:, :3]).check().blocks == 1
+    assert episode(support_y=labels(NO_TARGET)).check().blocks == 3
     assert episode(support_y=labels(2), query_x=torch.zeros(2, 0, 1, 4, 4), query_y=torch.zeros(2, 0).long()).check()
 
 
@@ -59,14 +62,22 @@ def test_a_sound_episode_passes_and_tells_its_kind():
             "support_y is torch.float32, as for a regression, but ways=3",
         ),
         (
-            {k: torch.zeros(2, n, 3).long() for k, n in (("support_y", 6), ("query_y", 3))},
-            r"support_y has shape \(2, 6, 3\): labels are one number for each example.* of one-hot vectors take",
+            {"support_y": torch.zeros(2, 6, 3).long(), "query_y": torch.zeros(2, 3, 2).long()},
+            r"query_y has shape \(2,\) per example, support_y has \(3,\): support and query need the same target",
         ),
         (
             {"support_y": labels(3)},
             "support_y has the label 3 in test episode 8, but ways=3: labels are 0 to 2; of those",
         ),
         ({"query_y": labels(-1, 3)}, "query_y has the label -1 in test episode 8, but ways=3"),
+        (
+            {"support_y": torch.stack([labels(NO_TARGET), labels(5)], -1), "query_y": torch.zeros(2, 3, 2).long()},
+            "support_y has the label 5 in test episode 8, but ways=3",
+        ),
+        (
+            {"support_y": torch.stack([labels(NO_TARGET), labels(-3)], -1), "query_y": torch.zeros(2, 3, 2).long()},
+            "support_y has the label -3 in test episode 8",
+        ),
         ({"query_y": labels(-100, 3)}, "query_y has the label -100 in test episode 8"),
         ({"ways": 1}, "ways=1 with the labels of a classification: give the number of classes, at least 2"),
         (

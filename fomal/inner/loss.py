@@ -1,0 +1,151 @@
+"""The loss of one task: from a network at the task's parameters and labelled examples to a number for each example."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomal.utils.checks import first_line, numbers
+
+Forward = Callable[[Tensor], Tensor]
+"""The network at one task's parameters: inputs (B, *input) to outputs (B, ...)."""
+
+
+class Loss(ABC):
+    """A task's loss as a function of the network, which a loss may run on any inputs, and any number of times.
+
+    A loss is a value: `__call__` draws no random numbers and changes nothing, so that it may be vectorised over tasks,
+    recorded and differentiated twice. Settings are attributes; what is computed with one is never used with another.
+    """
+
+    @abstractmethod
+    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of each example; their mean is taken elsewhere (`mean_over_examples`).
+
+        Args:
+            forward: the network, whose outputs come in 32 bits at least.
+            x: (B, *input), in the data's dtype.
+            y: (B, *target), int64 labels, or floating-point targets in 32 bits at least.
+
+        Returns:
+            (B,), floating point.
+        """
+
+    def weights(self, y: Tensor) -> Tensor | None:
+        """How much each example counts in the mean over examples, (B,), not negative; None: all the same."""
+        return None
+
+    def predict(self, forward: Forward, x: Tensor) -> Tensor:
+        """What is predicted for inputs (B, *input), (B, *prediction): the network's outputs, unless a loss differs."""
+        return forward(x)
+
+    def metrics(self, y: Tensor) -> tuple[str, ...]:
+        """The figures that an evaluation of targets `y` gives unless told otherwise.
+
+        Returns:
+            ("accuracy",), the share of labels at which the last axis of the prediction is largest, or ("loss",).
+        """
+        return ("loss",) if y.is_floating_point() else ("accuracy",)
+
+    def outputs(self, size: int) -> int:
+        """How many outputs the network needs, where the data have `size` classes or targets: as many, as it is."""
+        return size
+
+    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:  # noqa: B027 # it may refuse nothing
+        """Refuse a network or data that the loss does not fit, on a mini-batch of one task; as it is, nothing.
+
+        Args:
+            forward: the network.
+            x: (B, *input).
+            y: (B, *target).
+            ways: number of classes; 1 for targets.
+
+        Raises:
+            ValueError: naming what does not fit, its value and the remedy.
+        """
+
+
+def mean_over_examples(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of losses (B,), weighted by `weights` (B,); 0 where no example counts. The only place where it is taken.
+
+    Examples of weight 0 are left out: their losses must be finite all the same.
+    """
+    if weights is None:
+        return losses.mean()
+    weights = weights.to(losses.dtype)
+    return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+
+
+def at_least_32_bits(t: Tensor) -> Tensor:
+    """The tensor, with 16-bit floating-point numbers as 32-bit ones."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+
+
+def mean_loss(loss: Loss, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of one task's mini-batch, (): x (B, *input) and y (B, *target)."""
+    y = at_least_32_bits(y)
+    losses = loss(lambda x: at_least_32_bits(forward(x)), x, y)  # (B,)
+    return mean_over_examples(losses, loss.weights(y))
+
+
+def check_loss(loss: Loss, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    """Try a loss on a mini-batch of one task; see `Loss.check`, whose arguments these are.
+
+    Raises:
+        ValueError: the loss does not fit network and data, or does not give one number for each example.
+    """
+    y, name = at_least_32_bits(y), type(loss).__name__
+    try:
+        loss.check(forward, x, y, ways)
+        losses, weights = loss(lambda x: at_least_32_bits(forward(x)), x, y), loss.weights(y)
+    except (torch.OutOfMemoryError, ValueError):
+        raise
+    except Exception as error:  # of users' losses: many kinds
+        raise ValueError(
+            f"model.loss {name} fails on inputs {tuple(x.shape)} of {x.dtype} and targets {tuple(y.shape)} of "
+            f"{y.dtype} ({first_line(error)}): change the loss, the network's outputs or the data."
+        ) from error
+    for found, what in ((losses, "returns"), (weights, "has weights")):
+        if found is None and what == "has weights":
+            continue
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != (len(x),):
+            raise ValueError(
+                f"model.loss {name} {what} {shape} for a mini-batch of {len(x)} examples: give ({len(x)},), one number "
+                f"for each, without the mean over them."
+            )
+    if not losses.is_floating_point():
+        raise ValueError(f"model.loss {name} returns {losses.dtype}: give floating-point numbers.")
+
+
+def constant(values: Any, like: Tensor) -> Tensor:
+    """Numbers of a setting as a tensor, on the device and in the dtype of another."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def refuse_unless_positive(name: str, values: Sequence[float]) -> list[float]:
+    """The values of a setting as a list; ValueError, naming it, unless all are finite and above 0."""
+    numbers(**{name: values})
+    if not values or min(values) <= 0:
+        raise ValueError(f"{name}={list(values)} must be above 0, one number at least.")
+    return list(values)
+
+
+def kinds(**losses: Loss | None) -> dict[str, str | None]:
+    """The class path of each loss, as a checkpoint keeps it of a learner that no configuration makes."""
+    return {
+        name: None if loss is None else f"{type(loss).__module__}.{type(loss).__qualname__}"
+        for name, loss in losses.items()
+    }
+
+
+def refuse_missing(kept: Mapping[str, Any], given: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError where a checkpoint's learner has a loss of its own, see `kinds`, that is not given again."""
+    for name in ("loss", "query_loss"):
+        if kept.get(name) is not None and name not in given:
+            raise ValueError(f"{path} is of a learner with {name}={kept[name]}: give load_from_checkpoint {name}= too.")
