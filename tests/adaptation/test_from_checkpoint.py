@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_weights_and_state_in_64_bits_stay_so(checkpoint: Path, support: Path, t
     for model in (adapted, fomal.Adapted.load(tmp_path / "model")):
         found = model.network.state_dict()
         assert all(torch.equal(found[k.removeprefix("network.")], t) for k, t in exact.items())
+
+
+def test_weights_that_are_or_become_infinite_make_no_model(
+    checkpoint: Path, support: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    with pytest.raises(FloatingPointError, match="not finite within 3 steps of adaptation, so there is no model"):
+        adapt(checkpoint, *examples(support), steps=3, optimizer=SGD(1e30))
+    content = read_checkpoint(checkpoint)
+    content["state_dict"]["network.head.bias"] = torch.tensor([0.0, torch.inf, 0.0])
+    torch.save(content, tmp_path / "c.ckpt")
+    with pytest.raises(FloatingPointError, match=r"head\.bias"):
+        adapt(tmp_path / "c.ckpt", *examples(support))
+    out = tmp_path / "model"
+    args = "--ckpt_path", str(tmp_path / "c.ckpt"), "--support", str(support), "--out", str(out)
+    assert "head.bias" in fails("adapt", *args, code=1)
+    assert not out.exists()
 
 
 def test_settings_default_to_the_checkpoints_evaluation(checkpoint: Path, support: Path) -> None:
