@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fomal.data.images.image_format import ImageFormat
 from fomal.learner.build import build_network
 from fomal.learner.restoring import take_dtypes
+from fomal.learner.shapes import check_shapes
 from fomal.models.head import resize_head
 from fomal.models.norm import use_batch_statistics
 from fomal.run.schema import Mismatch, check_model, check_tensors
@@ -101,11 +102,18 @@ def make_network(folder: Path, about: Mapping[str, Any], trust: Collection[str] 
     weights = _tensors(folder / WEIGHTS)
     for dtype in {t.dtype for t in weights.values() if t.is_floating_point()}.difference(_DTYPES):
         raise Mismatch(f"{WEIGHTS} has weights of {dtype}, not of {', '.join(map(str, _DTYPES))}")
-    network = build_network(about["network"], trust, str(folder / ABOUT))
-    use_batch_statistics(network)
-    if about["ways"] != len(about["classes"]):
-        resize_head(network, len(about["classes"]))
-    check_tensors(weights, network.state_dict(), WEIGHTS, f"the network in {ABOUT}")
+
+    def make() -> nn.Module:
+        network = build_network(about["network"], trust, str(folder / ABOUT))
+        use_batch_statistics(network)
+        if about["ways"] != len(about["classes"]):
+            resize_head(network, len(about["classes"]))
+        return network
+
+    described = WEIGHTS, f"the network in {ABOUT}"
+    check_shapes(make, weights, *described)
+    network = make()
+    check_tensors(weights, network.state_dict(), *described)
     take_dtypes(network, weights)
     network.load_state_dict(weights)
     return network

@@ -77,7 +77,7 @@ def adapt(
     checkpoint, _ = find(checkpoint)
     content = read_checkpoint(checkpoint)
     if learner is None:
-        learner, data = build(_config(content), trust, str(checkpoint))
+        learner, data = build(_config(content), trust, str(checkpoint), content)
         image_format = image_format or _image_format(data)
     elif image_format is None:
         raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
@@ -129,7 +129,8 @@ def image_format_of(checkpoint: str | Path, trust: Collection[str] | None = None
         FileNotFoundError: there is no such checkpoint.
         ValueError: it does not say, or names what is not trusted.
     """
-    return _image_format(build(_config(read_checkpoint(checkpoint)), trust, str(checkpoint))[1])
+    content = read_checkpoint(checkpoint)
+    return _image_format(build(_config(content), trust, str(checkpoint), content)[1])
 
 
 def _config(content: dict[str, Any]) -> dict[str, Any]:

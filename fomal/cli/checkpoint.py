@@ -42,8 +42,8 @@ def in_folder(folder: str) -> Path:
     return found
 
 
-def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]:
-    """The part of a checkpoint's configuration that `verb` takes over; empty for a run made in Python.
+def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The part of a checkpoint's configuration that `verb` takes over, empty for a run made in Python; and its content.
 
     Resuming takes all of it, but for folders to write into, unless the checkpoint lies there; the other verbs take of
     the trainer only the precision.
@@ -59,10 +59,11 @@ def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]
         raise UsageError(f"--ckpt_path {error}{hint}") from error
     config = checkpoint["fomal"]["config"]
     if not config:
-        return {}
+        return {}, checkpoint
     try:
         own = sections(config, ckpt_path) | {key: config[key] for key in ("trainer", "replicas") if key in config}
         own = trust.check(own, ckpt_path)
+        _check_replicas(own.get("replicas"), checkpoint["fomal"].get("replicas"), ckpt_path)
     except ValueError as error:
         raise UsageError(f"--ckpt_path {error}") from error
     trainer = own.pop("trainer", {})
@@ -70,7 +71,14 @@ def checkpoint_config(ckpt_path: str, verb: str, trust: Trust) -> dict[str, Any]
         own["trainer"] = without_places(trainer, Path(ckpt_path).resolve())
     else:
         own["trainer"] = {"precision": trainer.get("precision")}
-    return own
+    return own, checkpoint
+
+
+def _check_replicas(wanted: Any, there: Any, ckpt_path: str) -> None:
+    """Raise ValueError where the configuration makes another number of replicas than the checkpoint has."""
+    number, found = (len(part) if isinstance(part, list) else part for part in (wanted, there))
+    if (number or None) != found:
+        raise ValueError(f"{ckpt_path}: its configuration has replicas={number}, but it has {found or 'none'}.")
 
 
 def without_places(trainer: Mapping[str, Any], ckpt_path: Path) -> dict[str, Any]:

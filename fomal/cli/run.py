@@ -35,7 +35,16 @@ from fomal.cli.explain import explain, refuse_bases, what_was_raised
 from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
 from fomal.cli.help import HELP, HelpFormatter
 from fomal.cli.start import Start
-from fomal.learner.build import SEED, VARIED, add_arguments, build_own, close, replica_configs, stream_seed
+from fomal.learner.build import (
+    SEED,
+    VARIED,
+    add_arguments,
+    build_own,
+    check_network,
+    close,
+    replica_configs,
+    stream_seed,
+)
 from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.preflight import check_epochs, check_outer_step, check_precision
 from fomal.learner.replicas import Replicas
@@ -240,7 +249,7 @@ class FomalCLI(LightningCLI):
             rest = [*rest, f"--ckpt_path={ckpt_path}"]
         base: list[str] = []
         if ckpt_path is not None and not checkpoint.is_keyword(str(ckpt_path)):
-            saved = checkpoint.checkpoint_config(str(ckpt_path), self.verb, trust)
+            saved, content = checkpoint.checkpoint_config(str(ckpt_path), self.verb, trust)
             base = ["--config", yaml.safe_dump(saved)] if saved else []
         if base:
             close(self._parser(self.verb))
@@ -249,6 +258,7 @@ class FomalCLI(LightningCLI):
                 trust.check_classes(alone[self.verb], str(ckpt_path))
             except (UsageError, ValueError) as error:
                 raise UsageError(f"the configuration in {ckpt_path} cannot be used: {error}") from error
+            check_network(alone[self.verb]["model"]["network"], content, f"ckpt_path={ckpt_path}")
             config = self._parse([*base, *with_files_read(rest)])
             links.follow_data(config[self.verb], Given([*base, *rest]))
             checkpoint.refuse_differences(self._plain(alone), self._plain(config), self.verb)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Number
 from pathlib import Path
@@ -16,15 +17,19 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.restoring import misfits
+from fomal.learner.shapes import check_shapes
 from fomal.run.checkpoints import find, verify
 from fomal.run.moved import refusal
 from fomal.run.schema import check_checkpoint
 from fomal.run.trust import Trust
 from fomal.tasks.datamodule import EpisodeDataModule
+from fomal.utils.checks import countable
 from fomal.utils.files import refuse_unreadable
 
 SEED = ("seed_everything", "data.init_args.seed")
 WAYS = ("data.init_args.ways", "model.network.init_args.ways")
+_OWN = "config"  # the source of a configuration of the user's own
 
 
 def _number(value: Any) -> int | float:
@@ -70,7 +75,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def build(
-    config: Mapping[str, Any], trust: Collection[str] | None = None, source: str = "config"
+    config: Mapping[str, Any],
+    trust: Collection[str] | None = None,
+    source: str = _OWN,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> tuple[MetaLearner, EpisodeDataModule]:
     """Learner, with weights as before training, and data, not loaded yet, of a configuration that may be another's.
 
@@ -78,18 +86,42 @@ def build(
         config: with the keys seed_everything, model and data, e.g. a checkpoint's.
         trust: names, or packages, that it may use beside those that are always trusted (see `fomal.run.trust`).
         source: where it is from, for messages.
+        checkpoint: the content whose weights the network must fit, which is found before memory is taken for it.
 
     Raises:
-        ValueError: it names what is not trusted, or does not fit the classes it names.
+        ValueError: it names what is not trusted, or does not fit the classes it names, or the weights.
     """
     trusted = Trust(trust)
     checked = trusted.check(sections(config, source), source)
-    return _built(checked, source, lambda made: trusted.check_classes(made, source))
+
+    def check(parsed: Any) -> None:
+        trusted.check_classes(parsed, source)
+        if checkpoint is not None:
+            check_network(parsed["model"]["network"], checkpoint, source)
+
+    return _built(checked, source, check)
+
+
+def check_network(parsed: Any, checkpoint: Mapping[str, Any], source: str) -> None:
+    """Compare a network of a configuration with a checkpoint's weights, before memory is taken for it.
+
+    Args:
+        parsed: its class_path and init_args, checked and parsed.
+        checkpoint: the content.
+        source: where both are from, for messages.
+
+    Raises:
+        ValueError: it cannot be made, or does not fit, naming the tensor and both shapes.
+    """
+    prefix = "learners.0.network." if "replicas" in checkpoint["fomal"] else "network."
+    weights = {name: t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    with misfits(source):
+        check_shapes(lambda: _network(parsed.as_dict(), source), weights, "its state_dict", "the model", prefix)
 
 
 def build_own(config: Mapping[str, Any]) -> tuple[MetaLearner, EpisodeDataModule]:
     """As `build`, of a configuration that is the user's own, or has been checked."""
-    return _built(config, "config", None)
+    return _built(config, _OWN, None)
 
 
 def sections(config: Any, source: str) -> dict[str, Any]:
@@ -137,6 +169,7 @@ def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, An
     if isinstance(config["seed_everything"], bool):
         raise ValueError("seed_everything=false leaves the weights to chance: give replicas a seed, or true.")
     if isinstance(replicas, int):
+        countable(_MOST, replicas=replicas)
         if replicas < 2:
             raise ValueError(f"replicas={replicas} must be 2 or more, or null for a run alone.")
         replicas = [{"seed_everything": int(config["seed_everything"]) + place} for place in range(replicas)]
@@ -144,6 +177,8 @@ def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, An
         raise ValueError(f"replicas={replicas} has fewer than 2 entries: give more, or null for a run alone.")
     return [_varied(config, changes) for changes in replicas]
 
+
+_MOST = 10_000  # replicas
 
 VARIED = ("seed_everything", "model.inner_optimizer.lr", "model.outer_optimizer.lr")
 """What may differ between replicas."""
@@ -171,7 +206,7 @@ def _varied(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return varied
 
 
-def build_network(config: Any, trust: Collection[str] | None = None, source: str = "config") -> nn.Module:
+def build_network(config: Any, trust: Collection[str] | None = None, source: str = _OWN) -> nn.Module:
     """A network from its class_path and init_args, which may be another's.
 
     Args:
@@ -185,11 +220,13 @@ def build_network(config: Any, trust: Collection[str] | None = None, source: str
     if not isinstance(config, Mapping) or "class_path" not in config:
         raise ValueError(f"{source}: its network has no class_path: it is not one that fomal wrote.")
     trusted = Trust(trust)
+    return _network(trusted.check(config, source), source, lambda made: trusted.check_classes(made, source))
+
+
+def _network(config: Mapping[str, Any], source: str, check: Callable[[Any], None] | None = None) -> nn.Module:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "network", required=True)
-    wanted = {"network": trusted.check(config, source)}
-    made = _instantiated(parser, wanted, source, lambda made: trusted.check_classes(made, source))
-    network: nn.Module = made["network"]
+    network: nn.Module = _instantiated(parser, {"network": config}, source, check)["network"]
     return network
 
 
@@ -197,16 +234,27 @@ def _instantiated(
     parser: ArgumentParser, config: dict[str, Any], source: str, check: Callable[[Any], None] | None
 ) -> Any:
     close(parser)
-    try:
+    with _naming(source), torch.device("cpu"):  # a module's own tensors, also while a network is made elsewhere
         parsed = parser.parse_object(config)
-        if check is not None:
-            check(parsed)
+    if check is not None:
+        check(parsed)
+    with _naming(source):
         return parser.instantiate(parsed)
-    except Exception as error:  # constructors raise many kinds for values that they do not expect
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Name the source of a configuration where constructors fail."""
+    try:
+        yield
+    except Exception as error:  # they raise many kinds for values that they do not expect
         text = _gist(error)
-        if isinstance(error, ValueError | OSError | ImportError) and text == str(error):
+        if isinstance(error, OSError | ImportError) and text == str(error):
             raise
-        raise ValueError(f"{source}: the configuration cannot be used: {text}") from error
+        plain = isinstance(error, ValueError) and text == str(error)
+        if plain and source == _OWN:
+            raise
+        raise ValueError(f"{source}: {'' if plain else 'the configuration cannot be used: '}{text}") from error
 
 
 def _gist(error: Exception) -> str:

@@ -721,7 +721,7 @@ class MetaLearner(L.LightningModule):
                 **{**{name: value for name, value in saved.get("settings", {}).items() if name in KEPT}, **parts}
             )
         elif saved["config"]:
-            learner, _ = reader.build(saved["config"], trust, str(checkpoint_path))
+            learner, _ = reader.build(saved["config"], trust, str(checkpoint_path), checkpoint)
             learner.config = saved["config"]
         else:
             raise ValueError(

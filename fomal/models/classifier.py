@@ -135,7 +135,8 @@ def _imported(path: str) -> Any:
     if not module_name or not all(path.split(".")):
         raise ValueError(f"factory={path!r} is no import path: write e.g. torchvision.models.resnet18.")
     try:
-        module = import_module(module_name)
+        with torch.device("cpu"):  # a module's own tensors, wherever the network is made
+            module = import_module(module_name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
         remedy = "pip install timm" if missing == "timm" else "check its spelling, and that Python finds it from here"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from numbers import Integral, Number, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1
@@ -101,8 +102,9 @@ def fits_memory(what: str, numbers: int, of_bytes: int, /, **sizes: object) -> N
 
 
 def fits_as_weights(what: str, weights: int, /, **sizes: object) -> None:
-    """As `fits_memory`, of weights that are to be trained."""
-    fits_memory(what, weights, _WEIGHT, **sizes)
+    """As `fits_memory`, of weights that are to be trained; on torch's meta device they take none."""
+    if torch.get_default_device().type != "meta":
+        fits_memory(what, weights, _WEIGHT, **sizes)
 
 
 def machine_bytes() -> float:
