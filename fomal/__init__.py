@@ -7,7 +7,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `__getattr__` imports the sa
     from fomal.adaptation import Adapted, Predictions, adapt
     from fomal.evaluation import ClassificationResult, RegressionResult
     from fomal.inner import InnerOptimizer, Loss
-    from fomal.learner import MetaLearner
+    from fomal.learner import Execution, InnerSchedule, MetaLearner, OuterStep
     from fomal.outer import OuterRule
     from fomal.tasks import Episode, EpisodeDataModule
 
@@ -17,7 +17,7 @@ _PLACES = {
     "adaptation": ("Adapted", "Predictions", "adapt"),
     "evaluation": ("ClassificationResult", "RegressionResult"),
     "inner": ("InnerOptimizer", "Loss"),
-    "learner": ("MetaLearner",),
+    "learner": ("Execution", "InnerSchedule", "MetaLearner", "OuterStep"),
     "outer": ("OuterRule",),
     "tasks": ("Episode", "EpisodeDataModule"),
 }
@@ -28,10 +28,13 @@ __all__ = [
     "ClassificationResult",
     "Episode",
     "EpisodeDataModule",
+    "Execution",
     "InnerOptimizer",
+    "InnerSchedule",
     "Loss",
     "MetaLearner",
     "OuterRule",
+    "OuterStep",
     "Predictions",
     "RegressionResult",
     "adapt",

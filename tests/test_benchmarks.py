@@ -197,7 +197,7 @@ def test_a_captured_training_is_that_of_the_loop(monkeypatch) -> None:
 def test_ways_are_settings_of_the_learner(way: str) -> None:
     learner = replace(SMALL["sine"], run_as=way).learner("reptile", "adam")
     recorder = learner.objective.recorder
-    assert (recorder.is_on, recorder.compiled, learner.cuda_graph) == (
+    assert (recorder.is_on, recorder.compiled, learner.execution.cuda_graph) == (
         way != "plain",
         way == "compiled",
         way == "captured",

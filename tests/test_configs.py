@@ -48,19 +48,16 @@ DATA_SETS = {
 }
 
 # The released Reptile runs (Nichol et al. 2018, appendix A), by the network's filters, ways and shots.
-RELEASED = ("inner lr", "inner_steps", "inner_batch_size", "train_shots", "eval_inner_batch_size")
+RELEASED = ("inner lr", "inner steps", "inner batch size", "train_shots", "evaluation's")
 RELEASED_RUNS = {
     (64, 5): ((1e-3, 5, 10, 10, 5), 100_000),
     (64, 20): ((5e-4, 10, 20, 10, 10), 200_000),
-    (32, 5): ((1e-3, 8, 10, 15, None), 100_000),  # Mini-ImageNet, where eval_inner_batch_size depends on the shots
+    (32, 5): ((1e-3, 8, 10, 15, None), 100_000),  # Mini-ImageNet, where evaluation's depends on the shots
 }
 SHORTER = {"quick_": 3000, "glyphs": 2000, "cifar_fs": 10_000, "fc100": 10_000, "image_folder": 10_000, "taskset": 3000}
 COMPLETE = {
     "seed_everything": (),
-    "model": (
-        *("network", "rule", "inner_optimizer", "outer_optimizer", "outer_final"),
-        *("inner_steps", "inner_batch_size", "eval_inner_steps", "eval_inner_batch_size"),
-    ),
+    "model": (*("network", "rule", "inner_optimizer", "outer", "train", "eval"),),
     "data": ("class_path", "init_args"),
     "trainer": ("max_steps", "val_check_interval", "logger"),
 }
@@ -120,14 +117,20 @@ def test_a_config_is_what_its_name_says(config: str) -> None:
     if rule == "reptile":
         expected, full = RELEASED_RUNS[network.get("filters", 64), int(ways)]
         expected = [*expected[:-1], expected[-1] or (5 if shots == "1" else 15)]
-        found = {**model, **data, "inner lr": model["inner_optimizer"]["init_args"]["lr"]}
+        found = {
+            "inner lr": model["inner_optimizer"]["init_args"]["lr"],
+            "inner steps": model["train"]["steps"],
+            "inner batch size": model["train"]["batch_size"],
+            "train_shots": data["train_shots"],
+            "evaluation's": model["eval"]["batch_size"],
+        }
         assert [found[key] for key in RELEASED] == expected
         assert trainer["max_steps"] == next((n for part, n in SHORTER.items() if part in config), full)
-        assert (model["inner_optimizer"]["init_args"]["beta1"], model["eval_inner_steps"]) == (0, 50)
-        assert (model["outer_optimizer"]["init_args"]["lr"], model["outer_final"]) == (1, 0)
+        assert (model["inner_optimizer"]["init_args"]["beta1"], model["eval"]["steps"]) == (0, 50)
+        assert (model["outer"]["optimizer"]["init_args"]["lr"], model["outer"]["final"]) == (1, 0)
     elif rule in TABLE:  # full batches
-        assert model["inner_batch_size"] == int(ways) * data["train_shots"]
-        assert model["eval_inner_batch_size"] == int(ways) * data["shots"]
+        assert model["train"]["batch_size"] == int(ways) * data["train_shots"]
+        assert model["eval"]["batch_size"] == int(ways) * data["shots"]
 
 
 # Data that is not at hand: the taskset's own tests run its config, Mini-ImageNet's and FC100's theirs their datamodule.
@@ -138,7 +141,7 @@ AT_HAND = ("sinusoid", "omniglot", "glyphs", "cifar_fs", "fc100", "image_folder"
 def test_a_config_runs_with_settings_of_the_data_alone_changed(
     config: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = ["--data.meta_batch_size=2", "--data.val_tasks=1", "--model.eval_inner_steps=2"]
+    fast = ["--data.meta_batch_size=2", "--data.val_tasks=1", "--model.eval.steps=2"]
     fast += ["--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     folder = config.partition("/")[0]
     if folder not in ("sinusoid", "glyphs"):
@@ -185,8 +188,8 @@ def test_every_run_of_a_shipped_experiment_is_complete(name: str, capsys: pytest
         assert trainer["val_check_interval"] <= trainer["max_steps"]
         # Each mini-batch of a gradient combination is new: a training task has as many examples as they take.
         if model["rule"]["class_path"].endswith("StepCombination"):
-            assert len(model["rule"]["init_args"]["weights"]) == model["inner_steps"]
-            assert data["train_shots"] * data["ways"] == model["inner_steps"] * model["inner_batch_size"]
+            assert len(model["rule"]["init_args"]["weights"]) == model["train"]["steps"]
+            assert data["train_shots"] * data["ways"] == model["train"]["steps"] * model["train"]["batch_size"]
         # What there is not shows in the names of the settings: runs with the same names are parsed once.
         names = (*sorted(flat_settings(config)), model["rule"]["class_path"])
         if names not in parsed:
@@ -206,7 +209,7 @@ def test_every_method_of_a_shipped_experiment_runs(
     fast = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     fast += [
         "--model.network.filters=2",
-        "--model.eval_inner_steps=1",
+        "--model.eval.steps=1",
         "--data.val_tasks=1",
         "--data.meta_batch_size=1",
     ]

@@ -103,6 +103,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def test_the_root_has_few_files() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        "CHANGELOG.md",
         "__init__.py",
         "__main__.py",
         "loggers.py",

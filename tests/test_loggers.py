@@ -179,7 +179,7 @@ def test_wandb_offline(no_account: Path, config_file: str, figure: str) -> None:
     assert run.project == "sine"
     updates = [update for record in found if record.HasField("config") for update in record.config.update]
     config = {update.key: json.loads(update.value_json) for update in updates}
-    assert config["model"]["inner_steps"] == 2
+    assert config["model"]["train"]["steps"] == 2
     assert config["data"]["init_args"]["meta_batch_size"] == 2
     assert {"seed_everything", "model", "data", "trainer"} <= config.keys()
     # The x axis is meta-iterations.

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def adapt(
         image_format = image_format or _image_format(data)
     elif image_format is None:
         raise ValueError("learner= needs image_format=ImageFormat(...) too: how image files become its inputs.")
-    steps = learner.eval_inner_steps if steps is None else steps
-    batch_size = learner.eval_inner_batch_size if batch_size is None else batch_size
+    steps = learner.eval_schedule.steps if steps is None else steps
+    batch_size = learner.eval_schedule.batch_size if batch_size is None else batch_size
     positive(MANY, steps=steps, batch_size=batch_size)
     countable(LARGEST_SEED, seed=seed)
     ways = _give_weights(content, str(checkpoint), learner, takes_state=optimizer is None)
@@ -100,7 +101,7 @@ def adapt(
         _rebuild_head(learner, ways, len(classes))
     if optimizer is not None:
         learner.inner_optimizer, learner.carried = optimizer, None
-    learner.eval_inner_steps, learner.eval_inner_batch_size = steps, batch_size
+    learner.eval_schedule = replace(learner.eval_schedule, steps=steps, batch_size=batch_size)
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
     about = _about(checkpoint, content, learner, ways, Trust(trust))
     about["adaptation"] |= {
@@ -196,8 +197,8 @@ def _run(learner: MetaLearner, x: Tensor, y: Tensor, ways: int, seed: int) -> Te
     after = learner.objective.losses(trajectory.end, inner.episode.support_x, inner.episode.support_y)
     if nonfinite([*trajectory.end.items(), ("losses", trajectory.losses), ("the last", after)]):
         raise FloatingPointError(
-            f"the loss or the weights are not finite within {learner.eval_inner_steps} steps of adaptation, so there "
-            f"is no model: use fewer steps, or an optimizer with a smaller step size."
+            f"the loss or the weights are not finite within {learner.eval_schedule.steps} steps of adaptation, so "
+            f"there is no model: use fewer steps, or an optimizer with a smaller step size."
         )
     for name, value in trajectory.end.items():
         learner.network.get_parameter(name).copy_(value[0])
@@ -215,8 +216,8 @@ def _about(path: Path, content: dict[str, Any], learner: MetaLearner, ways: int,
             "meta_iterations": content.get("global_step"),
         },
         "adaptation": {
-            "steps": learner.eval_inner_steps,
-            "batch_size": learner.eval_inner_batch_size,
+            "steps": learner.eval_schedule.steps,
+            "batch_size": learner.eval_schedule.batch_size,
             "optimizer": f"{type(learner.inner_optimizer).__module__}.{type(learner.inner_optimizer).__qualname__}",
         },
         "versions": versions(),

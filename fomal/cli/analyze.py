@@ -64,7 +64,7 @@ class AnalyzingTrainer(L.Trainer):
             split: whose tasks.
             out: folder for `analysis.json` and `taylor.png`.
         """
-        batches = max(2, model.inner_steps + model.rule.needs_query) if batches is None else batches
+        batches = max(2, model.train_schedule.steps + model.rule.needs_query) if batches is None else batches
         lr = _inner_lr(model) if lr is None else lr
         check_sizes(tasks, batches, lr)
         check_writable("out", out / "analysis.json")
@@ -92,7 +92,7 @@ class AnalyzingTrainer(L.Trainer):
             _rules(model, batches),
             tasks=tasks,
             batches=batches,
-            batch_size=model.inner_batch_size,
+            batch_size=model.train_schedule.batch_size,
             lr=lr,
             watch=lambda groups, what: track(
                 groups, what, console=PlainConsole(stderr=True), disable=not sys.stderr.isatty()
@@ -123,7 +123,7 @@ def _rules(model: MetaLearner, batches: int) -> dict[str, OuterRule]:
     """The standard rules, and the config's own where it is another one and fits the number of mini-batches."""
     rules = standard_rules()
     known = {type(rule) for rule in rules.values() if not hasattr(rule, "order")}
-    if type(model.rule) not in known and batches - model.rule.needs_query == model.inner_steps:
+    if type(model.rule) not in known and batches - model.rule.needs_query == model.train_schedule.steps:
         rules[f"{type(model.rule).__name__} of the config"] = model.rule
     return rules
 

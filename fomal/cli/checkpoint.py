@@ -18,7 +18,7 @@ KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkp
 
 # Settings that may differ from the checkpoint's: they change neither the weights nor which classes are tested.
 FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download"}
-FREE_TO_EVALUATE = {"model.eval_inner_steps", "model.eval_inner_batch_size", "model.vectorize"}
+FREE_TO_EVALUATE = ("model.eval.", "model.execution.")
 # Data settings that may not, beside the data's own `partition_settings`: the head has so many ways. Other data may be
 # tested on, which is what their class says.
 FIXED_DATA = {"ways"}
@@ -180,7 +180,7 @@ def _is_free(key: str, verb: str, fixed_data: set[str]) -> bool:
         return True
     if verb == "fit":
         return key in FREE_TO_RESUME
-    return key in FREE_TO_EVALUATE or (section == "data" and name.split(".")[0] not in fixed_data)
+    return key.startswith(FREE_TO_EVALUATE) or (section == "data" and name.split(".")[0] not in fixed_data)
 
 
 def _came(key: str) -> str:

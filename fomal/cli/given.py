@@ -103,7 +103,7 @@ def _is_part(path: Path) -> bool:
 
 
 class Given:
-    """Settings by short key, e.g. `{"model.inner_steps": 5, "data.class_path": ...}`; the last of a key counts.
+    """Settings by short key, e.g. `{"model.train.steps": 5, "data.class_path": ...}`; the last of a key counts.
 
     Args:
         args: command line after the verb, `--config` as paths.

@@ -6,6 +6,7 @@ import inspect
 import signal
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from fomal.learner.build import (
     replica_configs,
     stream_seed,
 )
-from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.meta_learner import GROUPS, MetaLearner
 from fomal.learner.preflight import check_epochs, check_outer_step, check_precision
 from fomal.learner.replicas import Replicas
 from fomal.run.checkpoints import meta_iterations
@@ -295,9 +296,13 @@ class FomalCLI(LightningCLI):
 
     def _parse(self, rest: list[str]) -> Namespace:
         try:
-            parsed = self.parser.parse_args([self.verb, *rest])
+            parsed: Namespace = self.parser.parse_args([self.verb, *rest])
         except ArgumentError as error:
             raise UsageError(explain(str(error), self._parser(self.verb))) from error
+        for name, default in GROUPS.items():
+            if not isinstance(value := parsed[self.verb]["model"].get(name), Namespace):
+                names = ", ".join(field.name for field in fields(default))
+                raise UsageError(f"model.{name}={'null' if value is None else value} must be a mapping of {names}.")
         refuse_bases(parsed[self.verb])
         return parsed
 

@@ -113,7 +113,7 @@ class Chunks:
             self._said.add(kind)
             log.warning(
                 "adapting %d of %d %s tasks at a time: a task takes about %.1f MiB and %.1f MiB are free; set "
-                "model.tasks_per_chunk to choose",
+                "model.execution.tasks_per_chunk to choose",
                 *(fitting, tasks, kind, needed / MIB, free / MIB),
             )
         return fitting
@@ -128,7 +128,7 @@ class Chunks:
                 remedy = "one task alone does not fit: adapt with smaller mini-batches, fewer examples or a smaller "
                 remedy += "network, or use a rule that does not differentiate through the inner loop"
             elif self.given is not None:
-                remedy = f"{tasks} tasks at a time do not fit: lower model.tasks_per_chunk={self.given}"
+                remedy = f"{tasks} tasks at a time do not fit: lower model.execution.tasks_per_chunk={self.given}"
             else:
                 remedy = ""
             if remedy:

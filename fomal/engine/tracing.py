@@ -148,7 +148,7 @@ class Recorder:
         """A recording, compared with the function; None where the result is not finite, and nothing can be compared."""
         if self.wanted is None and (unknown := _unknown(self.network, self.losses)):
             raise ValueError(
-                f"{unknown} is not known to compute the same each time; model.recorded: true says that it does"
+                f"{unknown} is not known to compute the same each time; model.execution.traced: true says that it does"
             )
         if (hooked := _hooked(self.network)) is not None:
             raise ValueError(f"{hooked or 'the network'} has hooks, which would run once only")
@@ -180,7 +180,7 @@ class Recorder:
         self.reason = reason
         self._forget()
         log.warning(
-            "%s runs as it is written, %s: %s; model.recorded: false says so beforehand",
+            "%s runs as it is written, %s: %s; model.execution.traced: false says so beforehand",
             type(self.network).__name__,
             "not compiled" if self.compiled else "which is slower (same results)",
             reason,

@@ -147,7 +147,7 @@ class Objective:
         if reason:
             log.warning(
                 "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s; "
-                "model.vectorize: false says so beforehand, true runs them together all the same",
+                "model.execution.vectorize: false says so beforehand, true runs them together all the same",
                 " with ".join(type(part).__name__ for part in (self.network, self.loss, self.query_loss) if part),
                 reason,
             )

@@ -1,5 +1,6 @@
 """The meta-learner as a LightningModule, its settings and its checks."""
 
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule, OuterStep
 
-__all__ = ["MetaLearner"]
+__all__ = ["Execution", "InnerSchedule", "MetaLearner", "OuterStep"]

@@ -53,6 +53,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     Seed and ways are linked, so that they need not be given twice; a class without one of the two is left as it is.
     """
     parser.add_lightning_class_args(MetaLearner, "model")
+    # In this form, so that --model.outer.optimizer.lr alone says which step size is meant.
+    parser.set_defaults({"model.outer.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}})
     parser.add_lightning_class_args(EpisodeDataModule, "data", subclass_mode=True)
     parser.link_arguments(*SEED, compute_fn=stream_seed)
     parser.link_arguments(*WAYS)
@@ -180,7 +182,7 @@ def replica_configs(config: Mapping[str, Any], replicas: int | list[dict[str, An
 
 _MOST = 10_000  # replicas
 
-VARIED = ("seed_everything", "model.inner_optimizer.lr", "model.outer_optimizer.lr")
+VARIED = ("seed_everything", "model.inner_optimizer.lr", "model.outer.optimizer.lr")
 """What may differ between replicas."""
 
 

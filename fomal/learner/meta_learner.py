@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import SGD as TorchSGD
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from fomal.engine.chunking import Chunks
 from fomal.engine.cuda_graph import CAPTURES, Capture, Captured
@@ -30,12 +28,14 @@ from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.learner.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
 from fomal.learner.restoring import check_carried, check_module, check_outer, misfits, take_dtypes, take_state
+from fomal.learner.settings import Execution, InnerSchedule, OuterStep
 from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
 from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.models.usable import checked, refuse_unusable
 from fomal.outer.meta_gradient import MetaGradient, bad_tasks, mean_over_processes, meta_gradient, varied
 from fomal.outer.rule import OuterRule
+from fomal.run.moved import RefusesMoved
 from fomal.run.provenance import commits, versions
 from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.run.trust import check_states
@@ -43,81 +43,54 @@ from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode, Numbers, refuse_others
 from fomal.tasks.sampler import Plan, minibatch_plan, separate_tail
 from fomal.utils import tree
-from fomal.utils.checks import MANY, nonnegative, one_of, positive
+from fomal.utils.checks import of_type, one_of
 from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.output import rank_zero_info, rank_zero_warn
 from fomal.utils.processes import gather, refuse_disagreement
 from fomal.utils.tree import Tree
 
-KEPT = (
-    "outer_final",
-    "inner_steps",
-    "inner_batch_size",
-    "inner_replacement",
-    "inner_state",
-    "eval_inner_steps",
-    "eval_inner_batch_size",
-    "adapt",
-    "outer_parameters",
-    "on_nonfinite",
-    "outer_clip_val",
-    "outer_clip_algorithm",
-)
-"""Arguments in plain values that results depend on: a checkpoint has them, also where no configuration does."""
+TRAIN, EVAL, OUTER, EXECUTION = InnerSchedule(), InnerSchedule(steps=50, batch_size=5), OuterStep(), Execution()
+"""The defaults."""
+
+GROUPS: dict[str, Any] = {"train": TRAIN, "eval": EVAL, "outer": OUTER, "execution": EXECUTION}
+"""The arguments that are settings which belong together, with their defaults."""
+
+OUTER_KEPT = ("final", "clip_val", "clip_algorithm", "parameters", "on_nonfinite")
+"""Of an outer step, what a checkpoint keeps: all in plain values."""
 
 SKIPPED_AT_MOST = 100
 """Meta-batches without a finite task, one after the other, that end a run. The weights stay as they are meanwhile; even
 where nine of ten tasks are not finite and a meta-batch has one, so many in a row come once in 37,000 times."""
 
 
-class MetaLearner(L.LightningModule):
+class MetaLearner(RefusesMoved, L.LightningModule):
     """Learns an initialisation of `network` from which a few inner steps solve a new task.
 
     Optimisation is manual: in each meta-iteration `rule` adapts a meta-batch of tasks with `inner_optimizer` and
-    returns an outer gradient, which `outer_optimizer` descends.
+    returns an outer gradient, which `outer.optimizer` descends.
 
     Args:
         network: any module from inputs (B, *input) to outputs as the loss has them, e.g. (B, ways) or (B, *target).
         rule: outer rule, e.g. `fomal.outer.Reptile`.
         inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
-        outer_optimizer: any torch optimiser; SGD with lr = eps is the paper's interpolation.
-        outer_schedule: any torch scheduler, stepped once a meta-iteration; null is the paper's, which goes linearly
-            from the outer step size to `outer_final` times it at `trainer.max_steps`, or after `max_epochs` times
-            `limit_train_batches`.
-        outer_final: share of the outer step size that is left at the end of the linear schedule.
-        inner_steps: inner steps on a training task, k.
-        inner_batch_size: support examples per inner step on a training task.
-        inner_replacement: draw each mini-batch independently, rather than in shuffled passes.
         inner_state: whether the inner optimiser's state is carried from task to task, as in the released code, or
             reset for each.
-        eval_inner_steps: inner steps on a validation, test or prediction task.
-        eval_inner_batch_size: support examples per inner step on such a task.
-        vectorize: adapt the tasks of a meta-batch all at once; null tries, and falls back to a loop with a message.
-        recorded: record the operations of an inner step, and of an evaluation, once for each shape, and replay them:
-            results differ by rounding, and each recording is compared with the plain functions before it is used.
-            What the network's forward does beside torch operations must be the same each time; null records networks
-            made of torch's, torchvision's, timm's and fomal's modules.
-        compiled: also compile recordings with torch.compile, which takes some ten seconds for each and a C++ compiler.
-        cuda_graph: capture the device's part of a meta-iteration, up to the outer gradient, as a CUDA graph, and replay
-            it; with `data.on_device` the drawing of the tasks is part of it. Other devices, and networks that draw
-            random numbers (dropout) or wait for the device, run as they are, with one line that says so.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
-        on_nonfinite: what to do with a task whose loss, gradient or inner state becomes infinite or NaN: raise, naming
-            it, or leave it out of the mean and log how many were (`train/skipped_tasks`), at the cost of one wait for
-            the device in each meta-iteration; a hundred meta-batches in a row without a task that counts end the run.
-            On a GPU `raise` looks every ten meta-iterations and before each save.
-        outer_parameters: whether the outer rule learns all parameters, or those alone that the inner loop adapts; the
-            others then stay as they are. Rules made of displacements have nothing to say about the others.
-        tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
-            runs in chunks, with the same results up to rounding. Null chooses as many as take at most half of the
-            memory that is free, and fewer where a GPU's does not suffice after all.
-        outer_clip_val: clip the outer gradient, the mean over all tasks, before the outer optimiser: as
-            `trainer.gradient_clip_val` does where there is a loss. Null: do not.
-        outer_clip_algorithm: by the norm of all parameters together, or each value by itself.
+        train: inner steps on training tasks.
+        eval: inner steps on validation, test and prediction tasks.
         loss: of a task's examples, e.g. `fomal.inner.Huber`; null: from the data, cross-entropy of int64 labels and
             squared error of floating-point targets.
         query_loss: of the query sets, in outer rules and in evaluations, where it is another one.
+        outer: what becomes of the outer gradient.
+        execution: how it is computed.
+
+    Attributes:
+        train_schedule: as `train`, a name that modules have for something else; another one may take its place, e.g.
+            `learner.train_schedule = dataclasses.replace(learner.train_schedule, steps=8)`.
+        eval_schedule: likewise, as `eval`.
+        outer: likewise, before a training.
+        execution: likewise.
 
     Raises:
         ValueError: for settings that do not fit together, naming argument and remedy.
@@ -128,74 +101,32 @@ class MetaLearner(L.LightningModule):
         network: nn.Module,
         rule: OuterRule,
         inner_optimizer: InnerOptimizer,
-        outer_optimizer: OptimizerCallable = lambda params: TorchSGD(params, lr=1.0),
-        outer_schedule: Callable[[Optimizer], LRScheduler] | None = None,
-        outer_final: float = 0.0,
-        inner_steps: int = 5,
-        inner_batch_size: int = 10,
-        inner_replacement: bool = False,
         inner_state: Literal["carried", "reset"] = "carried",
-        eval_inner_steps: int = 50,
-        eval_inner_batch_size: int = 5,
-        vectorize: bool | None = None,
-        recorded: bool | None = None,
-        compiled: bool = False,
         adapt: list[str] | None = None,
-        outer_parameters: Literal["all", "adapted"] = "all",
-        on_nonfinite: Literal["raise", "skip_task"] = "raise",
-        tasks_per_chunk: int | None = None,
-        cuda_graph: bool = False,
-        outer_clip_val: float | None = None,
-        outer_clip_algorithm: Literal["norm", "value"] = "norm",
+        train: InnerSchedule = TRAIN,
+        eval: InnerSchedule = EVAL,
         loss: Loss | None = None,
         query_loss: Loss | None = None,
+        outer: OuterStep = OUTER,
+        execution: Execution = EXECUTION,
     ) -> None:
         super().__init__()
-        positive(
-            MANY,
-            inner_batch_size=inner_batch_size,
-            eval_inner_steps=eval_inner_steps,
-            eval_inner_batch_size=eval_inner_batch_size,
-        )
-        nonnegative(outer_final=outer_final)
         one_of(("carried", "reset"), inner_state=inner_state)
-        one_of(("all", "adapted"), outer_parameters=outer_parameters)
-        one_of(("raise", "skip_task"), on_nonfinite=on_nonfinite)
-        if cuda_graph and on_nonfinite == "skip_task":
-            raise ValueError(
-                "cuda_graph=True with on_nonfinite='skip_task', which waits for the device in each meta-iteration: use "
-                "on_nonfinite: raise, or leave cuda_graph out."
-            )
-        if outer_clip_val is not None and not 0 < outer_clip_val < float("inf"):
-            raise ValueError(f"outer_clip_val={outer_clip_val} must be above 0 and finite, or null for no clipping.")
-        one_of(("norm", "value"), outer_clip_algorithm=outer_clip_algorithm)
-        rule.check(inner_steps, inner_optimizer)
+        for name, group in {"train": train, "eval": eval, "outer": outer, "execution": execution}.items():
+            of_type(type(GROUPS[name]), **{name: group})
+        rule.check(train.steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
         self.rule = rule
         self.inner_optimizer = inner_optimizer
-        if not callable(outer_optimizer):
-            raise ValueError(f"outer_optimizer={outer_optimizer!r} must make an optimiser, as torch.optim.SGD does.")
-        self.outer_optimizer = outer_optimizer
-        self.outer_schedule = outer_schedule
-        self.outer_final = outer_final
-        self.outer_clip_val = outer_clip_val
-        self.outer_clip_algorithm = outer_clip_algorithm
-        self.inner_steps = inner_steps
-        self.inner_batch_size = inner_batch_size
-        self.inner_replacement = inner_replacement
         self.inner_state = inner_state
-        self.eval_inner_steps = eval_inner_steps
-        self.eval_inner_batch_size = eval_inner_batch_size
-        self.adapt, self.outer_parameters = adapt, outer_parameters
-        self.vectorize, self.recorded, self.compiled = vectorize, recorded, compiled
+        self.adapt = adapt
+        self.train_schedule, self.eval_schedule = train, eval
         self.loss, self.query_loss = loss, query_loss
-        self._take_network()
-        self.chunks = Chunks(tasks_per_chunk)
-        self.cuda_graph = cuda_graph
+        self.outer = outer
+        self.execution = execution
         self.captured: Captured | None = None
         self.carried: State | None = None
-        self.on_nonfinite = on_nonfinite
         self.skipped_tasks = 0
         self._skipped_in_a_row = 0
         self._judged: list[tuple[Tensor, Tensor]] = []  # episode numbers, and whether their results are finite
@@ -207,6 +138,22 @@ class MetaLearner(L.LightningModule):
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
         self._evaluated: tuple[TaskMean, TaskMean, TaskMean] | None = None
+
+    @property
+    def execution(self) -> Execution:
+        """How it is computed; another one takes effect at the next use."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        if execution.cuda_graph and self.outer.skips:
+            raise ValueError(
+                "model.execution.cuda_graph=True with model.outer.on_nonfinite='skip_task', which waits for the device "
+                "in each meta-iteration: use on_nonfinite: raise, or leave cuda_graph out."
+            )
+        self._execution = execution
+        self.chunks = Chunks(execution.tasks_per_chunk)
+        self._take_network()
 
     def _take_network(self) -> None:
         """Prepare the network, at first and where another has been put in its place."""
@@ -222,10 +169,10 @@ class MetaLearner(L.LightningModule):
             )
         self.adapted = None if self.adapt is None else matching(self.network, self.adapt)
         if self.adapted is not None:
-            self._restrict(self.adapted, self.outer_parameters)
-        losses = [loss for loss in (self.loss, self.query_loss) if loss is not None]
-        recorder = Recorder(self.network, self.recorded, self.compiled, losses)
-        self.objective = Objective(self.network, self.vectorize, recorder, self.loss, self.query_loss)
+            self._restrict(self.adapted)
+        how, losses = self.execution, [loss for loss in (self.loss, self.query_loss) if loss is not None]
+        recorder = Recorder(self.network, how.traced, how.compiled, losses)
+        self.objective = Objective(self.network, how.vectorize, recorder, self.loss, self.query_loss)
 
     def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
         """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
@@ -233,22 +180,22 @@ class MetaLearner(L.LightningModule):
         No modules of the learner: they begin with each evaluation, and are nothing to be summed up or saved.
         """
         if self._evaluated is None:
-            sizes = 2, self.eval_inner_steps + 1, None
+            sizes = 2, self.eval_schedule.steps + 1, None
             accuracies, losses, distances = (TaskMean(size, sync_on_compute=False).to(self.device) for size in sizes)
             self._evaluated = accuracies, losses, distances
         return self._evaluated
 
-    def _restrict(self, adapted: frozenset[str], outer_parameters: str) -> None:
-        """See `adapt` and `outer_parameters`."""
+    def _restrict(self, adapted: frozenset[str]) -> None:
+        """See `adapt`, and `OuterStep.parameters`."""
         others = [name for name, p in self.network.named_parameters() if p.requires_grad and name not in adapted]
-        if outer_parameters == "adapted":
+        if self.outer.parameters == "adapted":
             for name in others:
                 self.network.get_parameter(name).requires_grad_(False)
         elif others and not self.rule.needs_query:
             rank_zero_warn(
                 f"{type(self.rule).__name__} is made of the inner loop's displacements, so the {len(others)} tensors "
                 f"that adapt leaves out, from {others[0]} on, stay as they are initialised: use a rule with a query "
-                f"set, e.g. QueryFOMAML, to learn them, or outer_parameters: adapted to say that this is meant."
+                f"set, e.g. QueryFOMAML, to learn them, or model.outer.parameters: adapted to say that this is meant."
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,14 +240,13 @@ class MetaLearner(L.LightningModule):
 
     def _plan(self, episode: Episode, training: bool) -> Plan:
         examples = episode.support_x.shape[1]
-        steps, batch = self.eval_inner_steps, self.eval_inner_batch_size
-        if training:
-            steps, batch = self.inner_steps, self.inner_batch_size
+        schedule = self.train_schedule if training else self.eval_schedule
+        steps, batch, replacement = schedule.steps, schedule.batch_size, schedule.replacement
         stream = (episode.seed, episode.split, episode.number)
         if not training or self.rule.tail_shots is None:
-            return minibatch_plan(*stream, examples, steps, batch, self.inner_replacement)
+            return minibatch_plan(*stream, examples, steps, batch, replacement)
         head, tail = separate_tail(examples, episode.blocks, self.rule.tail_shots, episode.number.device)
-        plan = minibatch_plan(*stream, len(head), steps - 1, batch, self.inner_replacement)
+        plan = minibatch_plan(*stream, len(head), steps - 1, batch, replacement)
         return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
 
     @torch.no_grad()
@@ -333,8 +279,7 @@ class MetaLearner(L.LightningModule):
             phi: the initialisation.
             state: the inner optimiser's.
         """
-        skip = self.on_nonfinite == "skip_task"
-        return meta_gradient(self.rule, self._training_loop(batch, state), phi, skip, self.chunks)
+        return meta_gradient(self.rule, self._training_loop(batch, state), phi, self.outer.skips, self.chunks)
 
     def _training_loop(self, batch: Episode | Numbers, state: State) -> InnerLoop:
         if isinstance(batch, Numbers):
@@ -355,7 +300,7 @@ class MetaLearner(L.LightningModule):
 
     def _fixed(self) -> Any:
         """The settings that `gradient_of` depends on."""
-        inner = self.inner_steps, self.inner_batch_size, self.inner_replacement, settings(self.inner_optimizer)
+        inner = self.train_schedule, settings(self.inner_optimizer)
         network = Snapshot(self.network, storages=True)
         return (
             inner,
@@ -367,29 +312,19 @@ class MetaLearner(L.LightningModule):
         )
 
     def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
-        """One meta-iteration."""
+        """One meta-iteration: the outer optimiser descends what the rule makes of a meta-batch of adapted tasks."""
         refuse_others(batch)
         # Dropout and the like draw from torch's own generator; this makes them a function of seed and position too.
         self.seed_for(batch.seed + self.global_step * self.trainer.world_size + self.global_rank)
         phi, state = self.initialisation(), self.begun_state()
-        skip = self.on_nonfinite == "skip_task"
         found = (self.captured or self.gradient_of)(batch, phi, state)
         found, flags = mean_over_processes(found, self.watch.flags(self.device))
-        self.watch.look(
-            flags,
-            found.is_finite(),
-            self.global_step + 1,
-            lambda: self._bad_episodes(batch, phi, state),
-        )
-        counts = not skip or bool(found.weight)
-        self._count_skipped(counts)
+        self.watch.look(flags, found.is_finite(), self.global_step + 1, lambda: self._bad_episodes(batch, phi, state))
+        counts = self._counts(found)
         self.adopt(found if counts else None)
         self._optimizer().step()
         self._scheduler().step()
-        if skip:
-            self.skipped_tasks += int(found.skipped)
-        figures = self.training_figures(found.losses[None] if counts else found.losses[None][:0])
-        if figures:
+        if figures := self.training_figures(found.losses[None] if counts else found.losses[None][:0]):
             self.log_dict(figures | {"outer_lr": self._optimizer().param_groups[0]["lr"]})
 
     def _bad_episodes(self, batch: Episode | Numbers, phi: Tree, state: State) -> list[int]:
@@ -399,16 +334,19 @@ class MetaLearner(L.LightningModule):
         if found := inner.episode.nonfinite():
             raise FloatingPointError(
                 f"meta-iteration {self.global_step + 1}: the {found} is not finite: mend the data, or leave such tasks "
-                f"out with model.on_nonfinite: skip_task."
+                f"out with model.outer.on_nonfinite: skip_task."
             )
         bad: list[int] = batch.number[bad_tasks(self.rule, inner, phi)].tolist()
         return bad
 
-    def _count_skipped(self, counts: bool) -> None:
-        """Say where a meta-batch is left out whole; raise FloatingPointError where that persists."""
-        if counts:
+    def _counts(self, found: MetaGradient) -> bool:
+        """Whether a task of the meta-batch is finite; raises FloatingPointError where none is again and again."""
+        if not self.outer.skips:
+            return True
+        self.skipped_tasks += int(found.skipped)
+        if found.weight:
             self._skipped_in_a_row = 0
-            return
+            return True
         self._skipped_in_a_row += 1
         step = self.global_step + 1
         if self._skipped_in_a_row == 1:
@@ -422,6 +360,7 @@ class MetaLearner(L.LightningModule):
                 f"meta-iteration {step}: no task of the last {SKIPPED_AT_MOST} meta-batches is finite, and the weights "
                 f"have not changed since: lower model.inner_optimizer.lr, or look at the data."
             )
+        return False
 
     def adopt(self, found: MetaGradient | None) -> None:
         """Give the outer gradient to the parameters, and go on from its inner state; None: no task counts."""
@@ -430,11 +369,7 @@ class MetaLearner(L.LightningModule):
         for name, parameter in self.network.named_parameters():
             gradient = None if found is None else found.gradient.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        if self.outer_clip_val is not None:
-            if self.outer_clip_algorithm == "norm":
-                nn.utils.clip_grad_norm_(self.network.parameters(), self.outer_clip_val)
-            else:
-                nn.utils.clip_grad_value_(self.network.parameters(), self.outer_clip_val)
+        self.outer.clip(self.network.parameters())
 
     def seed_for(self, seed: int) -> None:
         """As `torch.manual_seed`, which asks for devices that are not used, too, and takes longer than a small step."""
@@ -465,7 +400,7 @@ class MetaLearner(L.LightningModule):
             "train/loss_last_step": last,
             "step": float(self.global_step),  # the logger's x axis, in meta-iterations
         }
-        if self.on_nonfinite == "skip_task":
+        if self.outer.skips:
             figures["train/skipped_tasks"] = float(self.skipped_tasks)
         return figures
 
@@ -476,24 +411,7 @@ class MetaLearner(L.LightningModule):
 
     def _outer(self, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
         """See `configure_optimizers`."""
-        optimizer = self.outer_optimizer(parameters)
-        if self.outer_schedule is not None:
-            schedule = self.outer_schedule(optimizer)
-            if not isinstance(schedule, LRScheduler) or isinstance(
-                schedule, torch.optim.lr_scheduler.ReduceLROnPlateau
-            ):
-                raise ValueError(
-                    f"outer_schedule={type(schedule).__name__} waits for a metric, but is stepped every "
-                    f"meta-iteration: use one of the step alone, e.g. torch.optim.lr_scheduler.CosineAnnealingLR."
-                )
-            return optimizer, schedule
-        total, final = total_steps(self.trainer), self.outer_final
-        if total < 1 and final != 1:
-            raise ValueError(
-                f"trainer.max_steps={total} leaves the linear outer schedule without an end: set trainer.max_steps, "
-                f"or model.outer_final: 1 for a constant step size."
-            )
-        return optimizer, LambdaLR(optimizer, partial(_linear, total, final))
+        return self.outer.build(parameters, total_steps(self.trainer))
 
     # -- evaluation
 
@@ -574,7 +492,7 @@ class MetaLearner(L.LightningModule):
         self.results["nonfinite_tasks"] = bad
         rank_zero_warn(
             f"{stage}: the predictions, loss or distance of task {some(bad)} are not finite, nor are the means: lower "
-            f"model.inner_optimizer.lr or model.eval_inner_steps."
+            f"model.inner_optimizer.lr or model.eval.steps."
         )
 
     # -- checks before work starts, and checkpoints
@@ -597,8 +515,8 @@ class MetaLearner(L.LightningModule):
         if self.trainer.ckpt_path is None:
             self.refuse_nonfinite()
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
-        positive(eval_inner_steps=self.eval_inner_steps, eval_inner_batch_size=self.eval_inner_batch_size)
-        positive(inner_batch_size=self.inner_batch_size)
+        if stage == "fit":
+            self.rule.check(self.train_schedule.steps, self.inner_optimizer)
         if isinstance(data, EpisodeDataModule):
             split = {"fit": "train", "validate": "val"}.get(stage, "test")
             if stage == "fit" and self.rule.needs_query and not data.train_query_shots:
@@ -625,10 +543,13 @@ class MetaLearner(L.LightningModule):
         self._settle_capture()
 
     def _settle_capture(self) -> None:
-        """See `cuda_graph`."""
-        capture = CAPTURES.get(self.device.type) if self.cuda_graph else None
-        if self.cuda_graph and capture is None:
-            rank_zero_warn(f"cuda_graph=True has no effect on {self.device.type}: meta-iterations run as they are.")
+        """See `Execution.cuda_graph`."""
+        wanted = self.execution.cuda_graph
+        capture = CAPTURES.get(self.device.type) if wanted else None
+        if wanted and capture is None:
+            rank_zero_warn(
+                f"model.execution.cuda_graph=True has no effect on {self.device.type}: meta-iterations run as they are."
+            )
         self.captured = None if capture is None else self.capturing(self.gradient_of, capture)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, EpisodeDataModule):
@@ -675,11 +596,16 @@ class MetaLearner(L.LightningModule):
             "carried": self.carried,
             "max_steps": total_steps(self.trainer),
             "skipped_tasks": self.skipped_tasks,
-            "settings": {name: getattr(self, name) for name in KEPT}
-            | kinds(loss=self.loss, query_loss=self.query_loss),
+            "settings": self._kept() | kinds(loss=self.loss, query_loss=self.query_loss),
             "versions": versions(),
             "commits": commits(),
         }
+
+    def _kept(self) -> dict[str, Any]:
+        """The settings in plain values that results depend on: a checkpoint has them, also where it has no config."""
+        outer = {name: getattr(self.outer, name) for name in OUTER_KEPT}
+        groups = {"train": asdict(self.train_schedule), "eval": asdict(self.eval_schedule), "outer": outer}
+        return {"inner_state": self.inner_state, "adapt": self.adapt, **groups}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override] # trust instead of hparams_file
@@ -693,7 +619,7 @@ class MetaLearner(L.LightningModule):
         """The learner of a checkpoint, with its weights and carried state, ready to be tested or to predict.
 
         One of `fomal fit` says how it is made. One of a learner made in Python has its settings, but no objects: give
-        at least `network`, `rule` and `inner_optimizer`, and whatever else should differ.
+        at least `network`, `rule` and `inner_optimizer`, and whatever else should differ; `outer` as a whole.
 
         Args:
             checkpoint_path: a file, or the folder of a run.
@@ -717,9 +643,7 @@ class MetaLearner(L.LightningModule):
             if missing:
                 raise ValueError(f"{checkpoint_path}: give load_from_checkpoint {' and '.join(missing)} too.")
             refuse_missing(saved.get("settings", {}), parts, checkpoint_path)
-            learner = cls(
-                **{**{name: value for name, value in saved.get("settings", {}).items() if name in KEPT}, **parts}
-            )
+            learner = cls(**{**_settings(saved.get("settings", {})), **parts})
         elif saved["config"]:
             learner, _ = reader.build(saved["config"], trust, str(checkpoint_path), checkpoint)
             learner.config = saved["config"]
@@ -754,12 +678,12 @@ class MetaLearner(L.LightningModule):
         if "replicas" in saved:
             raise ValueError(REPLICAS_GIVEN)
         resuming = self._trainer is not None and self.trainer.state.fn == "fit"
-        if resuming and self.outer_schedule is None and self.outer_final != 1:
+        if resuming and self.outer.schedule is None and self.outer.final != 1:
             before, now = saved["max_steps"], total_steps(self.trainer)
             if before != now:
                 raise ValueError(
                     f"trainer.max_steps={now}, but the checkpoint's run has {before}, at which its linear outer "
-                    f"schedule ends: use {before}, or give model.outer_schedule explicitly in a new run."
+                    f"schedule ends: use {before}, or give model.outer.schedule explicitly in a new run."
                 )
         with misfits(source):
             check_module(self, checkpoint)
@@ -795,14 +719,13 @@ class MetaLearner(L.LightningModule):
             check_outer(self._outer, learnt, checkpoint, adapted if has_moved else ())
 
 
-def _linear(total: int, final: float, step: int) -> float:
-    """The share of the outer step size after `step` of `total` meta-iterations."""
-    return 1 + (final - 1) * min(step / max(total, 1), 1)
-
-
-# A lambda, since the command line reads the default's class and settings from its source; by this name it is pickled.
-_interpolation = MetaLearner.__init__.__defaults__[0]  # type: ignore[index]
-_interpolation.__qualname__ = "_interpolation"
+def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a learner from those that a checkpoint has kept, see `MetaLearner._kept`."""
+    made = {name: kept[name] for name in ("inner_state", "adapt") if name in kept}
+    for name, default in GROUPS.items():
+        known = {field.name for field in fields(default)}
+        made[name] = replace(default, **{key: value for key, value in kept.get(name, {}).items() if key in known})
+    return made
 
 
 REPLICAS_GIVEN = "the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say."

@@ -28,9 +28,9 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 INSTEAD = {
     "GradientAccumulationScheduler": "choose data.meta_batch_size, the tasks of a meta-iteration,",
-    "StochasticWeightAveraging": "let the outer step size decay (model.outer_final: 0)",
-    "LearningRateFinder": "try some model.outer_optimizer.lr, side by side with --replicas,",
-    "BatchSizeFinder": "leave model.tasks_per_chunk: null, which takes as many tasks at once as fit,",
+    "StochasticWeightAveraging": "let the outer step size decay (model.outer.final: 0)",
+    "LearningRateFinder": "try some model.outer.optimizer.lr, side by side with --replicas,",
+    "BatchSizeFinder": "leave model.execution.tasks_per_chunk: null, which takes as many tasks at once as fit,",
     "BackboneFinetuning": "choose what the inner loop adapts with model.adapt",
 }
 """What does the work of Lightning's callbacks that need the loss or the epochs of supervised training."""
@@ -45,10 +45,10 @@ def check_outer_step(trainer: Any) -> None:
     clip, times = trainer.gradient_clip_val, trainer.accumulate_grad_batches
     if clip:
         algorithm = trainer.gradient_clip_algorithm
-        how = f" and model.outer_clip_algorithm={algorithm.value}" if algorithm else ""
+        how = f" and model.outer.clip_algorithm={algorithm.value}" if algorithm else ""
         raise ValueError(
             f"trainer.gradient_clip_val={clip} clips the gradient of a loss, which a meta-iteration does not have: use "
-            f"model.outer_clip_val={clip}{how} instead, which clips the outer gradient."
+            f"model.outer.clip_val={clip}{how} instead, which clips the outer gradient."
         )
     if times != 1:
         raise ValueError(
@@ -137,5 +137,5 @@ def _check_strategy(trainer: L.Trainer) -> None:
         raise ValueError(
             f"trainer.strategy={type(strategy).__name__} keeps a part of the parameters on each device, but the inner "
             f"loop needs all of them for every task: use ddp, which needs a network that fits one device; to save "
-            f"memory there, lower model.tasks_per_chunk or adapt a part of the model (model.adapt)."
+            f"memory there, lower model.execution.tasks_per_chunk or adapt a part of the model (model.adapt)."
         )

@@ -27,14 +27,7 @@ from fomal.utils.fingerprint import settings
 from fomal.utils.output import rank_zero_warn
 from fomal.utils.processes import refuse_disagreement
 
-SAME = (
-    "inner_steps",
-    "inner_batch_size",
-    "inner_replacement",
-    "inner_state",
-    "eval_inner_steps",
-    "eval_inner_batch_size",
-)
+SAME = ("train_schedule", "eval_schedule", "inner_state")
 
 
 class Replicas(L.LightningModule):
@@ -327,11 +320,14 @@ def _check(learners: Sequence[MetaLearner]) -> None:
 
 def _check_alone(learner: MetaLearner) -> None:
     """Refuse what a learner has that replicas do not know."""
-    for name, value in {"adapt": learner.adapted, "cuda_graph": learner.cuda_graph or None}.items():
-        if value is not None:
+    for name, given in {
+        "adapt": learner.adapted is not None,
+        "execution.cuda_graph": learner.execution.cuda_graph,
+    }.items():
+        if given:
             raise ValueError(f"model.{name} does not work with replicas yet: leave one of the two out.")
-    if learner.on_nonfinite != "raise":
-        raise ValueError("model.on_nonfinite=skip_task does not work with replicas: leave one of the two out.")
+    if learner.outer.skips:
+        raise ValueError("model.outer.on_nonfinite=skip_task does not work with replicas: leave one of the two out.")
     optimizer = type(learner.inner_optimizer)
     if optimizer.for_tasks is not InnerOptimizer.for_tasks:
         raise ValueError(

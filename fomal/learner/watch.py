@@ -70,7 +70,7 @@ class Watch:
             where = f"of training episode {numbers}" if numbers else "of another process's task"
         raise FloatingPointError(
             f"meta-iteration {step}: the loss, gradient or inner state {where} is not finite: lower "
-            f"model.inner_optimizer.lr or the outer step size, or leave such tasks out with model.on_nonfinite: "
+            f"model.inner_optimizer.lr or the outer step size, or leave such tasks out with model.outer.on_nonfinite: "
             f"skip_task."
         )
 

@@ -35,7 +35,7 @@ def refuse_unusable(network: nn.Module) -> None:
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
             raise ValueError(
                 f"{where}, compiled by torch.compile already, which does not see the inner loop: give the module "
-                f"itself, and model.compiled: true."
+                f"itself, and model.execution.compiled: true."
             )
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ValueError(f"{where}: give the module within, and trainer.devices with trainer.strategy: ddp.")

@@ -36,8 +36,8 @@ class StepCombination(OuterRule):
         super().check(inner_steps, optimizer)
         if len(self.weights) != inner_steps:
             raise ValueError(
-                f"weights has {len(self.weights)} entries, but inner_steps={inner_steps}: give one for each step, "
-                f"or change inner_steps."
+                f"weights has {len(self.weights)} entries, but model.train.steps={inner_steps}: give one for each "
+                f"step, or change it."
             )
 
     def expansion(self, inner_steps: int) -> Expansion:

@@ -66,7 +66,7 @@ def check_order(order: int, inner_steps: int) -> None:
     """Raise ValueError for an order that is negative or exceeds the number of inner steps."""
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= inner_steps:
         raise ValueError(
-            f"order={order} must be from 0 (first order) to inner_steps={inner_steps} (exact): change one of the two."
+            f"order={order} must be from 0 (first order) to model.train.steps={inner_steps} (exact): change one."
         )
 
 

@@ -71,7 +71,7 @@ class OuterRule(ABC):
         positive(MANY, inner_steps=inner_steps)
         if self.tail_shots is not None and inner_steps < 2:
             raise ValueError(
-                f"inner_steps={inner_steps} leaves no step before the separate tail: use inner_steps >= 2 "
+                f"model.train.steps={inner_steps} leaves no step before the separate tail: use 2 or more "
                 f"or tail_shots: null."
             )
         if self.differentiates and not optimizer.differentiable:

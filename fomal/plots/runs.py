@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         folder: where it is.
-        settings: its configuration by short key, e.g. {"model.rule": "Reptile", "model.inner_steps": 5}; where it was
+        settings: its configuration by short key, e.g. {"model.rule": "Reptile", "model.train.steps": 5}; where it was
             tested with other settings than trained, those of the test.
         curves: validation figure, e.g. "accuracy" -> its curve.
         final: test figure, e.g. "accuracy" -> mean and 95 % half-width.

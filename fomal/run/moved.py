@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
-MOVED: dict[str, tuple[str, ...]] = {}
+MOVED = {
+    "model.inner_steps": ("model.train.steps",),
+    "model.inner_batch_size": ("model.train.batch_size",),
+    "model.inner_replacement": ("model.train.replacement", "model.eval.replacement"),
+    "model.eval_inner_steps": ("model.eval.steps",),
+    "model.eval_inner_batch_size": ("model.eval.batch_size",),
+    "model.outer_optimizer": ("model.outer.optimizer",),
+    "model.outer_schedule": ("model.outer.schedule",),
+    "model.outer_final": ("model.outer.final",),
+    "model.outer_clip_val": ("model.outer.clip_val",),
+    "model.outer_clip_algorithm": ("model.outer.clip_algorithm",),
+    "model.outer_parameters": ("model.outer.parameters",),
+    "model.on_nonfinite": ("model.outer.on_nonfinite",),
+    "model.vectorize": ("model.execution.vectorize",),
+    "model.recorded": ("model.execution.traced",),
+    "model.compiled": ("model.execution.compiled",),
+    "model.cuda_graph": ("model.execution.cuda_graph",),
+    "model.tasks_per_chunk": ("model.execution.tasks_per_chunk",),
+}
 """Short keys of earlier versions, and those that have their values now."""
 
 REMOVED = {"model.meta_iterations_per_step": "leave it out, since results never depended on it"}
 """Short keys that are gone, and what to do instead."""
 
 
+SCHEDULES = {"train": "train_schedule", "eval": "eval_schedule"}
+"""Arguments of a learner that cannot be attributes of a module, and the attributes that they become."""
+
+
 def refusal(keys: Iterable[str]) -> str:
     """The text that refuses those of some short keys that have moved or are gone; empty where there is none."""
     found = dict.fromkeys(old for key in keys if (old := _earlier(key)))
     return "; ".join(
-        f"{old} is now {' and '.join(MOVED[old])}: change its name"
-        if old in MOVED
-        else f"{old} is gone: {REMOVED[old]}"
+        f"{old} is now {' and '.join(MOVED[old])}" if old in MOVED else f"{old} is gone: {REMOVED[old]}"
         for old in found
     )
+
+
+class RefusesMoved:
+    """The base of a learner, whose arguments and attributes of earlier versions are refused by their names."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Raise TypeError for an argument that has moved or is gone."""
+        if moved := refusal(f"model.{name}" for name in kwargs):
+            raise TypeError(f"{moved}.")
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise AttributeError for an attribute that has moved or is gone, or that modules have for a method."""
+        if name in SCHEDULES:
+            raise AttributeError(f"{name} is a method of modules: set {SCHEDULES[name]} instead.")
+        if moved := refusal([f"model.{name}"]):
+            raise AttributeError(f"{moved}.")
+        super().__setattr__(name, value)
 
 
 def current(config: Mapping[str, Any]) -> dict[str, Any]:

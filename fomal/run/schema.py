@@ -16,8 +16,10 @@ from fomal import __version__
 from fomal.run.moved import current
 from fomal.utils.output import shown
 
-CHECKPOINT_FORMAT = 1
-"""Of the entry "fomal" of checkpoints, and of each replica's part; those without a number have format 1."""
+CHECKPOINT_FORMAT = 2
+"""Of the entry "fomal" of checkpoints, and of each replica's part; those without a number have format 1.
+
+Format 2 has a learner's settings in groups; those of format 1 are read, see `fomal.run.moved`."""
 
 MODEL_FORMAT = 1
 """Of an adapted model's folder."""
@@ -298,7 +300,10 @@ def _either(value: Any, entry: str) -> None:
         _refuse(value, entry, "an integer, true or false")
 
 
-_MODEL_CONFIG = _mapping({"network": _class, "rule": _class, "inner_optimizer": _class})
+_MODEL_CONFIG = _mapping(
+    {"network": _class, "rule": _class, "inner_optimizer": _class},
+    dict.fromkeys(("train", "eval", "outer", "execution"), _each(str, _anything)),
+)
 _CONFIG = _mapping(
     {"seed_everything": _either, "model": _MODEL_CONFIG, "data": _class}, {"trainer": _each(str, _anything)}
 )
@@ -312,20 +317,23 @@ def _config(value: Any, entry: str) -> None:
         _CONFIG(value, entry)
 
 
+_SCHEDULE = _mapping({}, {"steps": _integer(1), "batch_size": _integer(1), "replacement": _flag})
 _SETTINGS = _mapping(
     {},
     {
-        **{
-            name: _integer(1)
-            for name in ("inner_steps", "inner_batch_size", "eval_inner_steps", "eval_inner_batch_size")
-        },
-        **dict.fromkeys(("inner_state", "outer_parameters", "on_nonfinite", "outer_clip_algorithm"), _text),
-        "outer_final": _finite,
-        "inner_replacement": _flag,
-        "outer_clip_val": _optional(_finite),
-        "loss": _optional(_text),
-        "query_loss": _optional(_text),
+        **dict.fromkeys(("loss", "query_loss"), _optional(_text)),
+        "inner_state": _text,
         "adapt": _optional(_list(_text)),
+        "train": _SCHEDULE,
+        "eval": _SCHEDULE,
+        "outer": _mapping(
+            {},
+            {
+                **dict.fromkeys(("clip_algorithm", "parameters", "on_nonfinite"), _text),
+                "final": _finite,
+                "clip_val": _optional(_finite),
+            },
+        ),
     },
 )
 """Of a learner, in plain values."""

@@ -103,8 +103,8 @@ def minibatch_plan(
     if replacement:
         if batch_size > examples:
             raise ValueError(
-                f"inner_batch_size={batch_size} exceeds the {examples} support examples of a task, and batches "
-                f"are drawn without repeats: use inner_batch_size <= {examples} or inner_replacement: false."
+                f"batch_size={batch_size} exceeds the {examples} support examples of a task, and batches "
+                f"are drawn without repeats: use batch_size <= {examples} or replacement: false."
             )
         words = random_words(seed, stream, number, steps * batch_size)
         picks = distinct(words.view(tasks, steps, batch_size), examples)  # (T, k, B)

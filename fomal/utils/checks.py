@@ -123,6 +123,13 @@ def one_of(choices: Iterable[str], **values: str) -> None:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}.")
 
 
+def of_type(kind: type, **values: object) -> None:
+    """Raise TypeError for the first named value that is no `kind`."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r} must be made with {kind.__module__}.{kind.__name__}(...).")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message of our own; its kind where it has no text."""
     text = str(error).strip()

@@ -41,10 +41,8 @@ def config(root: Path, runs: Path, adam: bool = True) -> dict[str, object]:
             "network": {"class_path": "fomal.models.Conv4", "init_args": network},
             "rule": {"class_path": "fomal.outer.Reptile"},
             "inner_optimizer": inner if adam else sgd,
-            "inner_steps": 4,
-            "inner_batch_size": 6,
-            "eval_inner_steps": 12,
-            "eval_inner_batch_size": 4,
+            "train": {"steps": 4, "batch_size": 6},
+            "eval": {"steps": 12, "batch_size": 4},
         },
         "data": {
             "class_path": "fomal.data.ImageFolderDataModule",

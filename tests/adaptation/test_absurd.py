@@ -50,8 +50,8 @@ TABLE = [
     (ANALYZE, "out", (*TEXTS, "text", "text/below")),
     (FIT, "ckpt_path", FILES),
     (FIT, "config", FILES),
-    *((FIT, f"model.{name}", CLASSES) for name in ("network", "rule", "inner_optimizer", "outer_optimizer")),
-    (FIT, "model.outer_schedule", (*CLASSES, "{}", "{init_args: {}}")),
+    *((FIT, f"model.{name}", CLASSES) for name in ("network", "rule", "inner_optimizer", "outer.optimizer")),
+    (FIT, "model.outer.schedule", (*CLASSES, "{}", "{init_args: {}}")),
     (FIT, "data", (*CLASSES[:4], "{class_path: 3}")),
     (FIT, "seed_everything", ("-1", "nan", "", "[1]", "1" + "0" * 30)),
 ]
@@ -105,8 +105,8 @@ def test_absurd_value_of_an_option_is_refused_by_its_name(
     ("name", "value"),
     [
         *product(("network", "rule", "inner_optimizer"), ("{}", "null", *WRONG, "{init_args: {}}")),
-        *product(("outer_optimizer",), ("null", *WRONG)),  # it has a default, so that {} changes nothing of it
-        *product(("outer_schedule",), ("{}", *WRONG, "{init_args: {}}")),
+        *product(("outer.optimizer",), ("null", *WRONG)),  # it has a default, so that {} changes nothing of it
+        *product(("outer.schedule",), ("{}", *WRONG, "{init_args: {}}")),
     ],
 )
 def test_part_of_a_config_that_names_no_class_is_refused_by_its_name(
@@ -118,7 +118,9 @@ def test_part_of_a_config_that_names_no_class_is_refused_by_its_name(
         "inner_optimizer": {"class_path": "fomal.inner.SGD"},
     }
     config = {"data": {"class_path": "fomal.data.SinusoidDataModule"}, "trainer": {"max_steps": 1}}
-    config["model"] = model | {name: yaml.safe_load(value)}
+    group, _, setting = name.partition(".")
+    wrong = yaml.safe_load(value)
+    config["model"] = model | {group: {setting: wrong} if setting else wrong}
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", yaml.safe_dump(config)])
     said = [line for line in capsys.readouterr().err.splitlines() if "fomal: error: " in line]

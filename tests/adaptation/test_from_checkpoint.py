@@ -18,6 +18,7 @@ from fomal.inner import SGD, Adam
 from fomal.inner.objective import Objective
 from fomal.learner.build import build, read_checkpoint
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import Conv4
 from fomal.outer import Reptile
 from tests.helpers.oracle import loss_of
@@ -166,7 +167,7 @@ def test_a_learner_made_in_python(checkpoint: Path, support: Path, tmp_path: Pat
     files, labels = examples(support)
     with pytest.raises(ValueError, match="made in Python and has no configuration: give learner= and image_format="):
         adapt(bare, files, labels)
-    settings = {"eval_inner_steps": 12, "eval_inner_batch_size": 4}
+    settings = {"eval": InnerSchedule(12, 4)}
     network = Conv4(3, in_channels=3, image_size=10, filters=8)
     with pytest.raises(ValueError, match="learner= needs image_format="):
         adapt(bare, files, labels, learner=MetaLearner(network, Reptile(), SGD(0.1), **settings))

@@ -22,7 +22,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "config.yaml"
     data = {"class_path": "fomal.data.SinusoidDataModule", "init_args": {"train_shots": 20}}
     trainer = {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False}
-    model = tiny_model() | {"inner_steps": 3, "inner_batch_size": 5}
+    model = tiny_model() | {"train": {"steps": 3, "batch_size": 5}}
     path.write_text(yaml.safe_dump({"seed_everything": 0, "model": model, "data": data, "trainer": trainer}))
     return path
 
@@ -90,7 +90,7 @@ def test_what_the_inner_loop_leaves_alone_is_no_part_of_it(config: Path) -> None
         (("--batches", "1"), "inner_steps=0 must be at least 1"),
         (("--lr", "-1"), "lr=-1.0 must not be negative"),
         (("--lr", "0"), "lr=0.0 must be above 0"),
-        (("--model.inner_batch_size", "21"), "batch_size=21 must be from 1 to 20"),
+        (("--model.train.batch_size", "21"), "batch_size=21 must be from 1 to 20"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

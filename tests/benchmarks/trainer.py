@@ -42,10 +42,10 @@ class Training:
         self._begin()
         learner, data, device = self.learner, self.work.data, self.work.device
         gradient = learner.gradient_of
-        if learner.cuda_graph:
+        if learner.execution.cuda_graph:
             drawn = learner.capturing(lambda batch, *of: learner.gradient_of(data.draw(batch), *of), CAPTURES[device])
             gradient = learner.captured = drawn
-        optimizer = learner.outer_optimizer(learner.network.parameters())
+        optimizer = learner.outer.optimizer(learner.network.parameters())
         schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
         for number in range(steps):
             tasks = torch.arange(number * data.meta_batch_size, (number + 1) * data.meta_batch_size)

@@ -15,6 +15,7 @@ from fomal.data.images.image_format import ImageFormat
 from fomal.inner import SGD, Adam
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
 from fomal.models import MLP, Conv4
 from fomal.outer import FOMAML, MAML, OuterRule, QueryFOMAML, Reptile
 from fomal.tasks.datamodule import EpisodeDataModule
@@ -31,12 +32,12 @@ KINDS = (*RULES, "evaluation", "fit")
 """What is run: one meta-iteration of a rule, the evaluation of a batch of tasks, or Reptile's whole training."""
 
 RUN_AS: dict[str, dict[str, bool]] = {
-    "plain": {"recorded": False},
+    "plain": {"traced": False},
     "recorded": {},
     "compiled": {"compiled": True},
     "captured": {"cuda_graph": True},
 }
-"""How fomal runs, as settings of the learner; "captured" also has `data.on_device` where tasks are drawn."""
+"""How fomal runs, as settings of its execution; "captured" also has `data.on_device` where tasks are drawn."""
 
 CLASSES = 40
 
@@ -131,12 +132,10 @@ class Work:
             self.network(seed),
             RULES.get(kind, Reptile)(),
             self.optimizer(optimizer),
-            inner_steps=self.inner_steps,
-            inner_batch_size=self.inner_batch_size,
             inner_state="reset",  # a peer has no other
-            eval_inner_steps=self.eval_inner_steps,
-            eval_inner_batch_size=self.eval_inner_batch_size,
-            **RUN_AS[self.run_as],
+            train=InnerSchedule(self.inner_steps, self.inner_batch_size),
+            eval=InnerSchedule(self.eval_inner_steps, self.eval_inner_batch_size),
+            execution=Execution(**RUN_AS[self.run_as]),
         )
 
     def without(self, kind: str) -> str | None:

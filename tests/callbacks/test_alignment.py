@@ -14,6 +14,7 @@ from fomal.callbacks import GradientAlignment
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from fomal.plots.curve import read_curves
@@ -35,7 +36,7 @@ class AlwaysNoisy(nn.Module):
 
 def build(network: type[nn.Module] = MLP) -> MetaLearner:
     torch.manual_seed(0)
-    return MetaLearner(network(), Reptile(), Adam(0.01), inner_steps=2, eval_inner_steps=3)
+    return MetaLearner(network(), Reptile(), Adam(0.01), train=InnerSchedule(2), eval=InnerSchedule(3, 5))
 
 
 def trainer(folder: Path, *callbacks: L.Callback, steps: int = 7) -> L.Trainer:

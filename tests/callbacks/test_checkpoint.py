@@ -24,6 +24,7 @@ from fomal.cli import main
 from fomal.data import SinusoidDataModule
 from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from tests.helpers.sine import tiny_model
@@ -32,7 +33,7 @@ from tests.helpers.sine import tiny_model
 def fit(callbacks: list[Callback], steps: int, folder: Path, **settings: Any) -> L.Trainer:
     """A tiny sine run made in Python."""
     torch.manual_seed(0)
-    learner = MetaLearner(MLP(hidden=[4]), Reptile(), Adam(0.01), inner_steps=2, eval_inner_steps=2)
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), Adam(0.01), train=InnerSchedule(2), eval=InnerSchedule(2, 5))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", callbacks=callbacks, default_root_dir=folder, **quiet, **settings

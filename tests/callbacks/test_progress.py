@@ -19,6 +19,7 @@ from fomal.callbacks import MetaProgressBar
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from fomal.utils.terminal import PlainConsole
@@ -32,7 +33,7 @@ def trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:
 
 def run(*callbacks: Callback, **settings: Any) -> L.Trainer:
     torch.manual_seed(0)
-    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), train=InnerSchedule(2), eval=InnerSchedule(2, 5))
     fitting = trainer(*callbacks, **settings)
     fitting.fit(learner, datamodule=SinusoidDataModule(meta_batch_size=2, val_tasks=4))
     return fitting
@@ -90,7 +91,7 @@ def test_the_rate_leaves_out_validations(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_evaluation_counts_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), train=InnerSchedule(2), eval=InnerSchedule(2, 5))
     data = SinusoidDataModule(val_tasks=4, test_tasks=4, eval_tasks_per_batch=2)
     evaluating = trainer(MetaProgressBar(line_every=0.0), inference_mode=False)
     for verb in (evaluating.validate, evaluating.test):
@@ -158,7 +159,7 @@ def screen(text: str) -> list[str]:
 
 
 def test_the_last_count_is_shown_however_rare_the_updates(capsys: pytest.CaptureFixture[str]) -> None:
-    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    learner = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), train=InnerSchedule(2), eval=InnerSchedule(2, 5))
     data = SinusoidDataModule(val_tasks=7, test_tasks=7, eval_tasks_per_batch=2)
     evaluating = trainer(MetaProgressBar(), inference_mode=False)
     evaluating.test(learner, data, verbose=False)

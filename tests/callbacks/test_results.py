@@ -24,6 +24,7 @@ from fomal.cli import main
 from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import SGD
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import Conv4
 from fomal.outer import Reptile
 from tests.helpers.sine import tiny_model
@@ -62,7 +63,7 @@ def images() -> RandomImages:
 def classifier() -> MetaLearner:
     torch.manual_seed(0)
     network = Conv4(WAYS, image_size=9, filters=4)
-    return MetaLearner(network, Reptile(), SGD(0.1), inner_steps=2, eval_inner_steps=3)
+    return MetaLearner(network, Reptile(), SGD(0.1), train=InnerSchedule(2), eval=InnerSchedule(3, 5))
 
 
 def evaluator(folder: Path) -> L.Trainer:

@@ -99,7 +99,7 @@ def test_help_of_a_verb_lists_our_options_with_their_docstrings(capsys: pytest.C
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--model.inner_steps INNER_STEPS inner steps on a training task, k." in out
+    assert "--model.train.steps STEPS how many, k." in out
     assert "fomal.models.ResNet12, ...)" in out
     assert "torchmetrics" not in out
     assert out.index("--model.network") < out.index("--data ") < out.index("--trainer.max_steps")
@@ -143,11 +143,11 @@ def test_installed_configs_are_those_in_the_package(tmp_path: Path, monkeypatch:
 
 def test_fit_without_a_config_says_which_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--model.inner_steps=7", "--print_config"])
+        main(["fit", "--model.train.steps=7", "--print_config"])
     captured = capsys.readouterr()
     assert captured.err == f"fomal: no --config given: using {configs_dir() / 'sinusoid' / 'reptile.yaml'}\n"
     config = yaml.safe_load(captured.out)
-    assert config["model"]["inner_steps"] == 7
+    assert config["model"]["train"]["steps"] == 7
     assert config["data"]["class_path"] == "fomal.data.SinusoidDataModule"
 
 
@@ -180,24 +180,30 @@ def test_trainer_defaults(printed) -> None:
     ("args", "message"),
     [
         (["--trainer.max_epoch", "3"], r"no option --trainer.max_epoch - did you mean --trainer.max_epochs"),
-        (["--model.inner_step=3"], r"no option --model.inner_step - did you mean --model.inner_steps"),
-        (["--inner_steps=3"], r"no option --inner_steps - did you mean --model.inner_steps\?"),
+        (["--model.train.step=3"], r"no option --model.train.step - did you mean --model.train.steps"),
+        (["--inner_state=reset"], r"no option --inner_state - did you mean --model.inner_state\?"),
         (["--data.shotz=3"], r"no option data.shotz of fomal.data.SinusoidDataModule - did you mean shots\?"),
         (["--model.network.hid=[3]"], r"no option model.network.hid of fomal.models.MLP - did you mean hidden\?"),
-        (["--model.outer_optimizer.lrr=1"], r"no option model.outer_optimizer.lrr of .*SGD - did you mean lr\?"),
+        (["--model.outer.optimizer.lrr=1"], r"no option model.outer.optimizer.lrr of .*SGD - did you mean lr\?"),
         (["--model.rule", "Reptil"], r"model.rule=Reptil: there is no such class - did you mean fomal.outer.Reptile\?"),
         (["--model.network", "MLP"], r"^model.network=MLP is ambiguous: use .*fomal.models.MLP"),
         (["--data", "Sinusoid"], r"data=Sinusoid: .* did you mean fomal.data.SinusoidDataModule\?"),
         (["--trainer.logger", "CSVLoger"], r"trainer.logger=CSVLoger: .* did you mean lightning.*CSVLogger"),
-        (["--model.inner_steps", "x"], r"^model.inner_steps=x: expected int\.$"),
+        (["--model.train.steps", "x"], r"^model.train.steps=x: expected int\.$"),
         (["--data.shots", "x"], r"^data.shots=x: expected int\.$"),
         (["--model.inner_state", "reste"], r"^model.inner_state=reste: expected one of 'carried', 'reset'\.$"),
-        (["--config", "{model: {inner_stepz: 3}}"], r"no option model.inner_stepz - did you mean model.inner_steps"),
+        (["--config", "{model: {train: {stepz: 3}}}"], r"no option model.train.stepz - did you mean model.train.steps"),
         (["--config", "{data: {init_args: {shotz: 3}}}"], r"no option data.shotz of .* did you mean shots\?"),
         (["--config", "{trainers: {logger: false}}"], r"no option trainers.logger - did you mean trainer.logger\?"),
         (["--config", "{model: ["], r"is not valid YAML"),
         (["--config", "sinusoid/reptil"], r"no shipped config of that name - did you mean sinusoid/reptile"),
         (["--config", "nowhere/x.yaml"], r"no shipped config of that name; the shipped ones are in"),
+        (["--config", "{model: {train: 3}}"], r"^model.train=3 must be a mapping of steps, batch_size, replacement\.$"),
+        (
+            ["--config", "{model: {outer: null}}"],
+            r"^model.outer=null must be a mapping of optimizer, schedule, final, ",
+        ),
+        (["--model.execution=x"], r"^model.execution: Unable to load config 'x'"),
         (["extra"], r"^'extra' is not an option; settings are given as --KEY VALUE\.$"),
     ],
 )
@@ -206,7 +212,7 @@ def test_mistakes_get_the_nearest_names(args: list[str], message: str, fails) ->
 
 
 def test_missing_settings_are_named(fails) -> None:
-    assert fails("fit", "--config", "{model: {inner_steps: 3}}") == (
+    assert fails("fit", "--config", "{model: {train: {steps: 3}}}") == (
         "the following arguments are required: model.network, model.rule, model.inner_optimizer, data"
     )
 
@@ -227,7 +233,7 @@ def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.inner_steps=0"], "inner_steps=0 must be at least 1."),
+        (["--model.train.steps=0"], "model.train or model.eval: steps=0 must be at least 1."),
         (["--data.shots=-1"], "shots=-1 must be at least 1."),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1 leaves the linear outer schedule without an end"),
     ],
@@ -241,12 +247,12 @@ def test_the_error_is_the_cause_and_its_traceback_is_a_variable_away(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *SINE, "--model.inner_steps=0"])
+        main(["fit", *SINE, "--model.train.steps=0"])
     assert isinstance(stop.value.__cause__, ValueError)
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setenv("FOMAL_TRACEBACK", "1")
     with pytest.raises(SystemExit, match="1"):
-        main(["fit", *SINE, "--model.inner_steps=0"])
+        main(["fit", *SINE, "--model.train.steps=0"])
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ from fomal.cli.errors import UsageError
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from tests.helpers.sine import tiny_model
@@ -136,7 +137,7 @@ def test_evaluating_leaves_no_config_and_no_log(checkpoint: str, tmp_path: Path,
     for verb in ("validate", "test", "predict"):
         cli = main([verb, "--ckpt_path", checkpoint, "--trainer.enable_progress_bar=false"])
         assert cli.trainer.logger is None
-        assert cli.model.config["model"]["inner_steps"] == 2
+        assert cli.model.config["model"]["train"]["steps"] == 2
     assert not list(tmp_path.rglob("config.yaml"))
     assert not list(tmp_path.rglob("metrics.csv"))
 
@@ -196,10 +197,10 @@ def test_a_checkpoint_is_enough_to_go_on(checkpoint: str, fails: Fails) -> None:
 @pytest.mark.parametrize(
     "same",
     [
-        ["--model.inner_steps=2", "--seed_everything=3"],
+        ["--model.train.steps=2", "--seed_everything=3"],
         ["--model.inner_optimizer.lr=2e-2"],
         ["--model.inner_optimizer=SGD", "--model.network=fomal.models.mlp.MLP"],
-        ["--model.eval_inner_steps=3", "--model.vectorize=false", "--data.shots=5", "--data.test_tasks=3"],
+        ["--model.eval.steps=3", "--model.execution.vectorize=false", "--data.shots=5", "--data.test_tasks=3"],
         ["--config", "{model: {inner_optimizer: {init_args: {lr: '0.02'}}, network: {init_args: {hidden: [4]}}}}"],
     ],
 )
@@ -213,7 +214,7 @@ def test_equal_values_and_evaluation_settings_may_be_given(same: list[str], chec
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--model.inner_steps=8"], "model.inner_steps is 2 in the checkpoint, but 8 was given: leave it out"),
+        (["--model.train.steps=8"], "model.train.steps is 2 in the checkpoint, but 8 was given: leave it out"),
         (["--seed_everything=4"], "seed_everything is 3 in the checkpoint, but 4 was given"),
         (["--model.network.hidden=[8]"], "model.network.hidden is [4] in the checkpoint, but [8] was given"),
         (["--config", "{model: {inner_state: reset}}"], "model.inner_state is carried in the checkpoint, but reset"),
@@ -221,7 +222,10 @@ def test_equal_values_and_evaluation_settings_may_be_given(same: list[str], chec
             ["--model.inner_optimizer", "Adam"],
             "model.inner_optimizer.class_path is fomal.inner.SGD in the checkpoint, but fomal.inner.Adam was given",
         ),
-        (["--model.inner_steps=8", "--model.outer_final=0.5"], "model.inner_steps is 2 in the checkpoint, but 8 was"),
+        (
+            ["--model.train.steps=8", "--model.outer.final=0.5"],
+            "model.outer.final is 0.0 in the checkpoint, but 0.5 was given; model.train.steps is 2 in the",
+        ),
         (["--data.seed=5"], "data.seed=5 was given, but it follows seed_everything=3"),
     ],
 )
@@ -282,7 +286,7 @@ def test_a_folder_is_taken_for_its_checkpoint(verb: str, checkpoint: str, tmp_pa
     cli = main([verb, "--ckpt_path", str(tmp_path), *(["--tasks=3"] if verb == "analyze" else QUIET)])
     assert f"the checkpoint is {folder / 'last.ckpt'}" in capsys.readouterr().err
     assert (tmp_path / ("analysis/analysis.json" if verb == "analyze" else "version_0/results.json")).is_file()
-    assert cli.config[verb].model.inner_steps == 2
+    assert cli.config[verb].model.train.steps == 2
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, fails: Fails) -> None:
@@ -300,7 +304,7 @@ def test_a_missing_file_and_a_file_of_another_kind(tmp_path: Path, fails: Fails)
 
 
 def test_a_checkpoint_made_in_python_needs_a_config(tmp_path: Path, fails: Fails) -> None:
-    model = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), inner_steps=2, eval_inner_steps=2)
+    model = MetaLearner(MLP(hidden=[4]), Reptile(), SGD(0.02), train=InnerSchedule(2), eval=InnerSchedule(2, 5))
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )

@@ -95,13 +95,13 @@ def is_png(path: Path) -> bool:
 def test_each_run_is_a_fit_and_a_test_of_its_own(
     write: Callable[..., str], calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = write(settings={"model": {"inner_steps": 3}})
+    name = write(settings={"model": {"train": {"steps": 3}}})
     methods = main(["experiment", "--trainer.log_every_n_steps", "1", name, "--data.num_workers=0"])
     assert [call[0] for call in calls] == ["fit", "test"] * 2
     # Settings of the machine are for the test too.
     assert ["--trainer.log_every_n_steps" in call for call in calls] == [True, False] * 2
     assert all("--data.num_workers=0" in call for call in calls)
-    assert [r["config"]["model"]["inner_steps"] for r in results()] == [3, 3]
+    assert [r["config"]["model"]["train"]["steps"] for r in results()] == [3, 3]
     configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in FOLDERS]
     assert [c["trainer"]["log_every_n_steps"] for c in configs] == [1, 1]
     assert [r["meta_iterations"] for r in results()] == [4, 4]
@@ -168,7 +168,7 @@ def test_a_run_that_fails_does_not_end_the_others(
     write: Callable[..., str], calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
-        main(["experiment", write(methods={"broken": {"model": {"inner_steps": 0}}, "Reptile": {}})])
+        main(["experiment", write(methods={"broken": {"model": {"train": {"steps": 0}}}, "Reptile": {}})])
     assert capsys.readouterr().err.splitlines()[-1] == (
         "fomal: error: 1 run failed: broken (seed 0); the same command tries again."
     )
@@ -186,9 +186,9 @@ def test_the_error_of_a_failed_run_is_its_last_line(
     write: Callable[..., str], calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
-        main(["experiment", write(settings={"model": {"inner_steps": 0}})])
+        main(["experiment", write(settings={"model": {"train": {"steps": 0}}})])
     out = capsys.readouterr().out
-    assert "[1/2] reptile, seed 0 failed: inner_steps=0 must be at least 1." in out
+    assert "[1/2] reptile, seed 0 failed: model.train or model.eval: steps=0 must be at least 1." in out
     assert "2 results" not in out  # nothing to draw
 
 
@@ -241,10 +241,10 @@ def test_results_of_other_settings_are_told(
 ) -> None:
     main(["experiment", write(), "--trainer.max_steps", "2"])
     assert "was run with" not in capsys.readouterr().err
-    name = write(settings={"model": {"inner_steps": 3}, "trainer": {"max_steps": 4}})
+    name = write(settings={"model": {"train": {"steps": 3}}, "trainer": {"max_steps": 4}})
     main(["experiment", name, "--trainer.max_steps", "2", "--only", "Reptile"])
     assert capsys.readouterr().err.splitlines() == [
-        f"fomal: {FOLDERS[0]} was run with model.inner_steps=2 where the file has 3: remove it to run it anew."
+        f"fomal: {FOLDERS[0]} was run with model.train.steps=2 where the file has 3: remove it to run it anew."
     ]
 
 
@@ -253,7 +253,7 @@ def test_results_of_other_settings_are_told(
 
 def test_a_sweep_shares_equal_runs_between_panels(write: Callable[..., str]) -> None:
     sweeps = {
-        "steps": [{"at": 1, "settings": {"model": {"inner_steps": 1}}}, {"at": 2}],
+        "steps": [{"at": 1, "settings": {"model": {"train": {"steps": 1}}}}, {"at": 2}],
         "shots": [{"at": 10}, {"at": 20, "methods": {"Reptile": {"data": {"init_args": {"train_shots": 20}}}}}],
     }
     experiment = read_experiment(write(sweeps=sweeps))
@@ -276,7 +276,7 @@ def test_a_sweep_is_drawn_by_panel(
     write: Callable[..., str], calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweeps = {
-        "steps": [{"at": 1, "settings": {"model": {"inner_steps": 1}}}, {"at": 2}],
+        "steps": [{"at": 1, "settings": {"model": {"train": {"steps": 1}}}}, {"at": 2}],
         "shots": [{"at": 10}, {"at": 20, "settings": {"data": {"init_args": {"train_shots": 20}}}}],
     }
     methods = main(["experiment", write(sweeps=sweeps), "--only", "reptile"])
@@ -298,7 +298,7 @@ def test_a_sweep_is_drawn_by_panel(
 
 def test_later_settings_are_merged_over_earlier_ones(write: Callable[..., str]) -> None:
     def steps(n: int, **more: int) -> dict[str, Any]:
-        return {"model": {"inner_steps": n, **more}}
+        return {"model": {"train": {"steps": n}, **more}}
 
     methods = {"a": steps(2, method=2), "b": steps(2, method=2)}
     sweeps = {"s": [{"at": 1, "settings": steps(3, point=3), "methods": {"b": steps(4)}}]}
@@ -333,7 +333,11 @@ def test_settings_for_every_fit_are_told_from_the_verbs_own() -> None:
         ({"methods": {}}, (), "methods is empty"),
         ({"methods": {"a": 3}}, (), "method 'a' is 3: it must be a mapping"),
         ({"settings": [1]}, (), "settings is [1]: it must be a mapping"),
-        ({"methods": {"a b": {}, "a_b": {"model": {"inner_steps": 1}}}}, (), "'a_b' is no folder of one run alone"),
+        (
+            {"methods": {"a b": {}, "a_b": {"model": {"train": {"steps": 1}}}}},
+            (),
+            "'a_b' is no folder of one run alone",
+        ),
         ({"methods": {"***": {}}}, (), "'' is no folder of one run alone"),
         ({"sweeps": {"a": []}}, (), "the sweep 'a' must be a list of points"),
         ({"sweeps": {"a": [{"settings": {}}]}}, (), "a point of 'a' lacks at"),

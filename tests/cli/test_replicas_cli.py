@@ -47,7 +47,10 @@ def config(folder: Path, **changes: Any) -> str:
     content = {
         "seed_everything": 3,
         "model": tiny_model("Adam", lr=0.01)
-        | {"outer_optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}, "recorded": False},
+        | {
+            "outer": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}},
+            "execution": {"traced": False},
+        },
         "data": {"class_path": "fomal.data.SinusoidDataModule", "init_args": settings},
         "trainer": {
             **{"max_steps": STEPS, "accelerator": "cpu", "logger": logger, "enable_progress_bar": False},
@@ -151,8 +154,8 @@ def test_comparing_takes_the_replicas_for_the_run(runs: Path) -> None:
 def test_a_list_gives_each_its_settings(tmp_path: Path) -> None:
     each = [
         {"model.inner_optimizer.lr": 1e-3},
-        {"model.inner_optimizer.lr": 0.02, "model.outer_optimizer.lr": 0.1},
-        {"seed_everything": 8, "model.outer_optimizer.lr": 0.5},
+        {"model.inner_optimizer.lr": 0.02, "model.outer.optimizer.lr": 0.1},
+        {"seed_everything": 8, "model.outer.optimizer.lr": 0.5},
     ]
     main(["fit", "--config", config(tmp_path / "joint", replicas=each)])
     for place, own in enumerate(each):
@@ -164,7 +167,7 @@ def test_a_list_gives_each_its_settings(tmp_path: Path) -> None:
         settings = yaml.safe_load((tmp_path / f"joint/run/replica_{place}/config.yaml").read_text())
         assert settings["seed_everything"] == own.get("seed_everything", 3)
         assert settings["model"]["inner_optimizer"]["init_args"]["lr"] == own.get("model.inner_optimizer.lr", 0.01)
-        assert settings["model"]["outer_optimizer"]["init_args"]["lr"] == own.get("model.outer_optimizer.lr", 1e-3)
+        assert settings["model"]["outer"]["optimizer"]["init_args"]["lr"] == own.get("model.outer.optimizer.lr", 1e-3)
 
 
 @pytest.mark.parametrize("logger", ["false", "WandbLogger"])
@@ -250,7 +253,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"fomal.data.SinusoidDataModule.{name}", use)
 
 
-VARIED = "use seed_everything, model.inner_optimizer.lr, model.outer_optimizer.lr."
+VARIED = "use seed_everything, model.inner_optimizer.lr, model.outer.optimizer.lr."
 
 
 @pytest.mark.usefixtures("untouched")
@@ -261,14 +264,14 @@ VARIED = "use seed_everything, model.inner_optimizer.lr, model.outer_optimizer.l
         ("[{}]", "replicas=[{}] has fewer than 2 entries: give more, or null for a run alone.", 1),
         ("[]", "replicas=[] has fewer than 2 entries: give more, or null for a run alone.", 1),
         (
-            "[{seed_everything: 1}, {model.inner_steps: 3}]",
-            f"replicas: model.inner_steps cannot differ between them: {VARIED}",
+            "[{seed_everything: 1}, {model.train.steps: 3}]",
+            f"replicas: model.train.steps cannot differ between them: {VARIED}",
             1,
         ),
         ("[{}, {seed_everything: 1.5}]", "replicas: seed_everything=1.5 must be an integer, not negative.", 1),
         ("[{}, {seed_everything: -1}]", "replicas: seed_everything=-1 must be an integer, not negative.", 1),
         ("[{}, {model.inner_optimizer.lr: x}]", "replicas: model.inner_optimizer.lr='x' must be a number, not neg", 1),
-        ("[{}, {model.outer_optimizer.lr: true}]", "replicas: model.outer_optimizer.lr=True must be a number", 1),
+        ("[{}, {model.outer.optimizer.lr: true}]", "replicas: model.outer.optimizer.lr=True must be a number", 1),
         ("x", "replicas=x: expected one of int, list[dict[str, typing.Any]], null.", 2),
     ],
 )
@@ -283,11 +286,17 @@ def test_replicas_that_cannot_be_meant(replicas: str, message: str, code: int, t
     [
         (["--seed_everything=false"], "seed_everything=false leaves the weights to chance: give replicas a seed, or"),
         (
-            ["--model.adapt=[layers.1.*]", "--model.outer_parameters=adapted"],
+            ["--model.adapt=[layers.1.*]", "--model.outer.parameters=adapted"],
             "model.adapt does not work with replicas yet: leave one of the two out.",
         ),
-        (["--model.on_nonfinite=skip_task"], "model.on_nonfinite=skip_task does not work with replicas: leave one of"),
-        (["--model.cuda_graph=true"], "model.cuda_graph does not work with replicas yet: leave one of the two out."),
+        (
+            ["--model.outer.on_nonfinite=skip_task"],
+            "model.outer.on_nonfinite=skip_task does not work with replicas: leave one of",
+        ),
+        (
+            ["--model.execution.cuda_graph=true"],
+            "model.execution.cuda_graph does not work with replicas yet: leave one of the two out.",
+        ),
         (["--data.on_device=true"], "data.on_device=True does not work with replicas yet: leave one of the two out."),
         (["--model.inner_optimizer=SGLD"], "SGLD draws noise by episode, which replicas do not know: use another"),
     ],
@@ -297,10 +306,10 @@ def test_what_replicas_do_not_know_is_refused(given: list[str], message: str, tm
 
 
 def test_a_step_size_needs_an_optimiser_to_be_of() -> None:
-    model = tiny_model() | {"outer_optimizer": None}
+    model = tiny_model() | {"outer": {"optimizer": None}}
     whole = {"seed_everything": 0, "model": model, "data": {"class_path": "x"}}
-    with pytest.raises(ValueError, match="^replicas: model.outer_optimizer.lr needs model.outer_optimizer with its cl"):
-        replica_configs(whole, [{}, {"model.outer_optimizer.lr": 1.0}])
+    with pytest.raises(ValueError, match="^replicas: model.outer.optimizer.lr needs model.outer.optimizer with its cl"):
+        replica_configs(whole, [{}, {"model.outer.optimizer.lr": 1.0}])
 
 
 def test_a_drawn_seed_is_the_first_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,7 @@ def config(root: Path, folder: Path, **data: Any) -> str:
             "network": network,
             "rule": {"class_path": "fomal.outer.Reptile"},
             "inner_optimizer": {"class_path": "fomal.inner.SGD", "init_args": {"lr": 0.02}},
-            **{"inner_steps": 2, "eval_inner_steps": 2},
+            **{"train": {"steps": 2}, "eval": {"steps": 2}},
         },
         "data": {
             "class_path": "fomal.data.ImageFolderDataModule",

@@ -436,7 +436,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     settings = ["--data.image_size=6", "--model.network.image_size=6", "--model.network.filters=2"]
     settings += [f"--data.root={root}", f"--data.cache_dir={tmp_path / 'cache'}", "--data.val_tasks=1"]
-    settings += ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=2", "--model.eval_inner_steps=1"]
+    settings += ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=2", "--model.eval.steps=1"]
     cli = main(["fit", "--config", "mini_imagenet/5way_1shot_reptile", *settings])
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["val/accuracy"].isfinite()

@@ -27,6 +27,7 @@ from fomal.data import taskset as module
 from fomal.data.taskset import BENCHMARKS, TasksetDataModule
 from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from fomal.tasks.datamodule import EpisodeStream
@@ -178,7 +179,7 @@ def test_tasks_of_any_sampler_are_put_in_order_of_class(taskset):
 
 
 def test_a_learner_trains_on_a_taskset(l2l, tmp_path):
-    learner = MetaLearner(MLP(3, WAYS, hidden=[8]), Reptile(), Adam(lr=0.01), inner_steps=3, inner_batch_size=4)
+    learner = MetaLearner(MLP(3, WAYS, hidden=[8]), Reptile(), Adam(lr=0.01), train=InnerSchedule(3, 4))
     before = [p.clone() for p in learner.network.parameters()]
     trainer = L.Trainer(
         max_steps=2,
@@ -391,7 +392,7 @@ def test_the_config_runs(l2l, tmp_path, monkeypatch):
     root = omniglot(tmp_path / "data", monkeypatch, drawings=10)
     monkeypatch.chdir(tmp_path)
     fast = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    fast += ["--model.eval_inner_steps=2", "--model.network.filters=2", "--data.num_workers=0", "--data.val_tasks=2"]
+    fast += ["--model.eval.steps=2", "--model.network.filters=2", "--data.num_workers=0", "--data.val_tasks=2"]
     cli = main(["fit", "--config", "taskset/omniglot_5way_1shot_reptile", f"--data.root={root}", *fast])
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["val/accuracy"].isfinite()

@@ -14,6 +14,7 @@ from fomal.inner import SGD
 from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
 from fomal.outer import MAML, BinomialMAML, OuterRule, QueryFOMAML, TruncatedMAML
 from fomal.outer.meta_gradient import meta_gradient
 from fomal.tasks.episode import Episode
@@ -83,8 +84,10 @@ def test_training_and_evaluation_are_vectorised_without_a_warning(
     network, episode = problem(encoder)
     results = []
     for vectorize in (None, False):
-        steps = {"inner_steps": 1, "eval_inner_steps": 2}
-        learner = MetaLearner(network, rule, SGD(0.1), vectorize=vectorize, recorded=recorded, **steps)
+        steps = {"train": InnerSchedule(1), "eval": InnerSchedule(2, 5)}
+        learner = MetaLearner(
+            network, rule, SGD(0.1), execution=Execution(vectorize=vectorize, traced=recorded), **steps
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="There is a performance drop")
             phi = learner.initialisation()

@@ -22,6 +22,7 @@ from fomal.inner.loop import InnerLoop
 from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile
 from fomal.outer.meta_gradient import meta_gradient
+from tests.helpers.groups import merged
 from tests.helpers.learners import Blobs, blob_learner, sine_learner, trainer
 from tests.helpers.processes import Group
 
@@ -44,7 +45,7 @@ class Resident(Callback):
 
 def train(folder: Path) -> None:
     resident = Resident()
-    learner = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task")
+    learner = sine_learner(inner=Adam(0.01), outer={"on_nonfinite": "skip_task"})
     callbacks = [resident, SaveLast(250)]
     logger = CSVLogger(folder, name="", version="run")
     settings = {"callbacks": callbacks, "logger": logger, "log_every_n_steps": 10, "val_check_interval": 250}
@@ -87,7 +88,7 @@ def wide_learner(*args: Any, **settings: Any) -> Any:
 
 
 def peak(rule: Any, tasks: int = 4, make: Any = wide_learner, chunks: Chunks | None = None, **settings: Any) -> int:
-    learner = make(rule, Adam(0.01, eps_root=1e-8), **{"vectorize": True, **settings})
+    learner = make(rule, Adam(0.01, eps_root=1e-8), **merged({"execution": {"vectorize": True}}, settings))
     inner, phi = inner_loop(learner, tasks)
     meta_gradient(rule, inner, phi, skip=False, chunks=chunks)  # what is recorded takes more at its first use
     return peak_bytes(lambda: meta_gradient(rule, inner, phi, skip=False, chunks=chunks))
@@ -101,7 +102,7 @@ def name(value: Any) -> str:
 @pytest.mark.parametrize("rule", RULES, ids=name)
 def test_the_peak_is_the_allocators(rule: Any, make: Any) -> None:
     """Beside what torch's profiler hears of every allocation, those within operations too."""
-    inner, phi = inner_loop(make(rule, SGD(0.01), vectorize=True, recorded=False), 4)
+    inner, phi = inner_loop(make(rule, SGD(0.01), execution={"vectorize": True, "traced": False}), 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         rule(inner, phi)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -113,13 +114,13 @@ def test_the_peak_is_the_allocators(rule: Any, make: Any) -> None:
 @pytest.mark.parametrize("rule", FIRST_ORDER, ids=name)
 def test_memory_of_first_order_rules_does_not_grow_with_the_inner_steps(rule: Any, make: Any) -> None:
     """But for a loss of each step and task."""
-    few, many = (peak(rule, make=make, inner_steps=steps) for steps in (5, 50))
+    few, many = (peak(rule, make=make, train={"steps": steps}) for steps in (5, 50))
     assert many == pytest.approx(few, rel=0.03)
 
 
 @pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
 def test_memory_of_maml_grows_with_the_inner_steps(make: Any) -> None:
-    few, many = (peak(MAML(), make=make, inner_steps=steps) for steps in (2, 20))
+    few, many = (peak(MAML(), make=make, train={"steps": steps}) for steps in (2, 20))
     assert many > 5 * few
 
 
@@ -137,7 +138,7 @@ def test_memory_of_chunks_is_that_of_a_chunk(rule: Any) -> None:
 @pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
 @pytest.mark.parametrize("rule", RULES, ids=name)
 def test_a_task_takes_its_share_of_the_peak(rule: Any, make: Any, vectorize: bool) -> None:
-    inner, phi = inner_loop(make(rule, SGD(0.01), vectorize=vectorize), 8)
+    inner, phi = inner_loop(make(rule, SGD(0.01), execution={"vectorize": vectorize}), 8)
     estimate = task_bytes(inner, lambda part: rule(part, phi))
     rule(inner, phi)  # what is recorded takes more at its first use
     # Of what is recorded too much: an estimate is of functions as they are written, which keep more.
@@ -145,7 +146,7 @@ def test_a_task_takes_its_share_of_the_peak(rule: Any, make: Any, vectorize: boo
 
 
 def test_in_evaluation_three_steps_show_what_all_take() -> None:
-    inner, phi = inner_loop(blob_learner(eval_inner_steps=30), 8, training=False)
+    inner, phi = inner_loop(blob_learner(eval={"steps": 30}), 8, training=False)
     whole = peak_bytes(lambda: classify(inner, phi))
     assert 0.8 <= task_bytes(inner, lambda part: classify(part, phi), steps=3) / (whole / 8) <= 1.2
 
@@ -190,7 +191,7 @@ def test_as_many_tasks_as_fit_into_half_of_what_is_free(monkeypatch: pytest.Monk
     mib = 2**20
     assert line == (
         f"adapting 3 of 8 training tasks at a time: a task takes about {needed / mib:.1f} MiB and "
-        f"{6.5 * needed / mib:.1f} MiB are free; set model.tasks_per_chunk to choose"
+        f"{6.5 * needed / mib:.1f} MiB are free; set model.execution.tasks_per_chunk to choose"
     )
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0.0)
     meta_gradient(rule, inner, phi, skip=False, chunks=Chunks())
@@ -225,7 +226,8 @@ def test_chunks_that_do_not_fit_after_all_are_halved(caplog: Any) -> None:
 
 def test_what_does_not_fit_says_what_to_do() -> None:
     inner, phi = inner_loop(sine_learner(), 8)
-    message = r"^4 tasks at a time do not fit: lower model.tasks_per_chunk=4. \(no room. Tried to allocate 2 GiB.\)$"
+    message = "^4 tasks at a time do not fit: lower model.execution.tasks_per_chunk=4. "
+    message += r"\(no room. Tried to allocate 2 GiB.\)$"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         meta_gradient(Limited(2), inner, phi, skip=False, chunks=Chunks(4))
     for chunks in (Chunks(), Chunks(1)):
@@ -234,8 +236,8 @@ def test_what_does_not_fit_says_what_to_do() -> None:
 
 
 def test_a_chunk_has_a_task() -> None:
-    with pytest.raises(ValueError, match=r"^tasks_per_chunk=0 must be at least 1\.$"):
-        sine_learner(tasks_per_chunk=0)
+    with pytest.raises(ValueError, match=r"^model.execution.tasks_per_chunk=0 must be at least 1\.$"):
+        sine_learner(execution={"tasks_per_chunk": 0})
 
 
 def test_without_linux_no_limit_is_known(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.tasks.episode import Numbers
 from fomal.tasks.sampler import SPLITS
+from tests.helpers.groups import merged
 from tests.helpers.learners import Blobs, assert_same, blob_learner, sine_learner, trainer, weights
 from tests.helpers.poisoned import Poisoned
 from tests.helpers.recording import tape, traced
@@ -60,7 +61,7 @@ def data_of(kind: str, **settings: Any) -> Any:
 
 def fit(kind: str, rule: Any, inner: Any, steps: int = 3, data: Any = None, run: Any = None, **settings: Any) -> Any:
     if kind == "blobs":
-        learner = blob_learner(rule, inner, **{"inner_steps": 2, **settings})
+        learner = blob_learner(rule, inner, **merged({"train": {"steps": 2}}, settings))
     else:
         learner = sine_learner(rule, inner, **settings)
     trainer(steps, **(run or {})).fit(learner, datamodule=data or data_of(kind))
@@ -109,7 +110,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
 def test_replays_are_the_plain_run(rule: Any, inner: Any, kind: str, precision: str, counting: Counting) -> None:
     run = {"precision": precision}
     expected = fit(kind, rule, inner, run=run)
-    found = fit(kind, rule, inner, run=run, data=data_of(kind, on_device=True), cuda_graph=True)
+    found = fit(kind, rule, inner, run=run, data=data_of(kind, on_device=True), execution={"cuda_graph": True})
     assert found.captured.reason == ""
     assert (counting.captures, counting.replays) == (1, 2 + 2)  # two prove it; the first meta-iteration is plain
     assert_same_run(found, expected)
@@ -117,14 +118,14 @@ def test_replays_are_the_plain_run(rule: Any, inner: Any, kind: str, precision: 
 
 @named(MORE)
 def test_replays_are_the_plain_run_of_other_rules(rule: Any, inner: Any, counting: Counting) -> None:
-    found = fit("sine", rule, inner, data=data_of("sine", on_device=True), cuda_graph=True)
+    found = fit("sine", rule, inner, data=data_of("sine", on_device=True), execution={"cuda_graph": True})
     assert (counting.captures, counting.replays, found.captured.reason) == (1, 4, "")
     assert_same_run(found, fit("sine", rule, inner))
 
 
 @pytest.mark.parametrize("kind", ["sine", "blobs"])
 def test_replays_of_episodes_drawn_before_are_the_plain_run(kind: str, counting: Counting) -> None:
-    found = fit(kind, MAML(), SGD(0.02), cuda_graph=True)
+    found = fit(kind, MAML(), SGD(0.02), execution={"cuda_graph": True})
     assert (counting.captures, counting.replays, found.captured.reason) == (1, 4, "")
     assert_same_run(found, fit(kind, MAML(), SGD(0.02)))
 
@@ -134,15 +135,16 @@ def test_replays_of_episodes_drawn_before_are_the_plain_run(kind: str, counting:
     [
         ("blobs", {"run": {"precision": "bf16-mixed"}}),
         ("blobs", {"adapt": ["head.*"]}),
-        ("blobs", {"inner_state": "reset", "outer_optimizer": lambda p: torch.optim.Adam(p, 0.01)}),
-        ("sine", {"vectorize": False, "inner_replacement": True, "inner_batch_size": 2}),
+        ("blobs", {"inner_state": "reset", "outer": {"optimizer": lambda p: torch.optim.Adam(p, 0.01)}}),
+        ("sine", {"execution": {"vectorize": False}, "train": {"replacement": True, "batch_size": 2}}),
     ],
     ids=["autocast", "a part adapted", "reset", "looped"],
 )
 def test_replays_are_the_plain_run_under_other_settings(kind: str, settings: Any, counting: Counting) -> None:
     case = (QueryFOMAML(), Adam(0.01))
     expected = fit(kind, *case, **settings)
-    found = fit(kind, *case, data=data_of(kind, on_device=True), cuda_graph=True, **settings)
+    settings = merged(settings, {"execution": {"cuda_graph": True}})
+    found = fit(kind, *case, data=data_of(kind, on_device=True), **settings)
     assert (counting.captures, counting.replays, found.captured.reason) == (1, 4, "")
     assert_same_run(found, expected)
 
@@ -151,8 +153,8 @@ def test_replays_are_the_plain_run_under_other_settings(kind: str, settings: Any
 def test_torchs_own_tracer_agrees(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(captured.CAPTURES, "cpu", traced)
     case = (Reptile(), Adam(0.01))
-    settings = {"inner_steps": 1}
-    found = fit(kind, *case, data=data_of(kind, on_device=True), cuda_graph=True, **settings)
+    settings = {"train": {"steps": 1}}
+    found = fit(kind, *case, data=data_of(kind, on_device=True), execution={"cuda_graph": True}, **settings)
     assert found.captured.reason == ""
     assert_same_run(found, fit(kind, *case, **settings))
 
@@ -197,7 +199,7 @@ def test_a_capture_that_fails_or_holds_on_to_an_input_is_not_used(
     monkeypatch.setitem(captured.CAPTURES, "cpu", capture)
     case = (Reptile(), Adam(0.01))
     with caplog.at_level(logging.WARNING):
-        found = fit("sine", *case, data=data_of("sine", on_device=True), cuda_graph=True)
+        found = fit("sine", *case, data=data_of("sine", on_device=True), execution={"cuda_graph": True})
     (line,) = warnings_of(caplog)
     start = "Meta-iterations of MLP are not captured: "
     assert line == start + found.captured.reason
@@ -233,11 +235,13 @@ def test_a_network_that_is_no_function_of_tensors_runs_plainly_and_says_so(
 ) -> None:
     def run(**settings: Any) -> Any:
         torch.manual_seed(1)
-        return fit("sine", Reptile(), SGD(0.01), network=network(), vectorize=False, **settings)
+        return fit(
+            "sine", Reptile(), SGD(0.01), network=network(), **merged({"execution": {"vectorize": False}}, settings)
+        )
 
     expected = run()
     with caplog.at_level(logging.WARNING):
-        found = run(data=data_of("sine", on_device=True), cuda_graph=True)
+        found = run(data=data_of("sine", on_device=True), execution={"cuda_graph": True})
     assert warnings_of(caplog) == [f"Meta-iterations of {type(found.network).__name__} are not captured: {reason}"]
     assert counting.replays == 0
     assert_same_run(found, expected)
@@ -260,7 +264,7 @@ def test_a_changed_setting_is_captured_anew(counting: Counting) -> None:
         return fit("sine", Reptile(), SGD(0.01), run={"callbacks": [change]}, **settings)
 
     expected = run()
-    found = run(cuda_graph=True)
+    found = run(execution={"cuda_graph": True})
     assert counting.captures == 2
     assert_same_run(found, expected)
 
@@ -281,7 +285,7 @@ def test_a_changed_network_is_captured_anew(change: str, counting: Counting) -> 
         return fit("sine", Reptile(), SGD(0.01), run={"callbacks": callbacks}, network=network, **settings)
 
     expected = run()
-    found = run(cuda_graph=True)
+    found = run(execution={"cuda_graph": True})
     assert counting.captures == 2
     assert found.captured.reason == ""
     assert_same_run(found, expected)
@@ -296,7 +300,7 @@ def test_endless_kinds_of_meta_batches_do_not_fill_the_memory(
 
     steps = captured.MOST + 2
     with caplog.at_level(logging.WARNING):
-        found = fit("sine", Reptile(), SGD(), steps, run={"callbacks": [Every()]}, cuda_graph=True)
+        found = fit("sine", Reptile(), SGD(), steps, run={"callbacks": [Every()]}, execution={"cuda_graph": True})
     assert counting.captures == captured.MOST
     (line,) = warnings_of(caplog)
     assert line.endswith("it is given more than 8 kinds of inputs")
@@ -307,7 +311,7 @@ def test_endless_kinds_of_meta_batches_do_not_fill_the_memory(
 def test_a_task_that_is_not_finite_is_still_named(bad: set[int], counting: Counting) -> None:
     step, names = (1, "1") if bad == {1} else (3, "9, 10")
     with pytest.raises(FloatingPointError, match=f"^meta-iteration {step}: .* of training episode {names} is not"):
-        fit("sine", Reptile(), SGD(0.01), data=Poisoned(bad), cuda_graph=True)
+        fit("sine", Reptile(), SGD(0.01), data=Poisoned(bad), execution={"cuda_graph": True})
     assert counting.replays == (0 if bad == {1} else 2 + 2)
 
 
@@ -319,7 +323,7 @@ def test_results_are_not_overwritten_by_the_next_replay(counting: Counting) -> N
             moment = learner.carried["second_moment"]
             kept.append((moment, {name: t.clone() for name, t in moment.items()}))
 
-    fit("sine", Reptile(), Adam(0.01), run={"callbacks": [Keep()]}, cuda_graph=True)
+    fit("sine", Reptile(), Adam(0.01), run={"callbacks": [Keep()]}, execution={"cuda_graph": True})
     for now, then in kept:
         assert_same(now, then)
     first, second = (next(iter(kept[i][0].values())) for i in (1, 2))
@@ -327,10 +331,12 @@ def test_results_are_not_overwritten_by_the_next_replay(counting: Counting) -> N
 
 
 def test_it_is_refused_or_left_out_where_it_cannot_be() -> None:
-    with pytest.raises(ValueError, match="cuda_graph=True with on_nonfinite='skip_task'.* use on_nonfinite: raise"):
-        sine_learner(cuda_graph=True, on_nonfinite="skip_task")
+    with pytest.raises(
+        ValueError, match="cuda_graph=True with model.outer.on_nonfinite='skip_task'.* use on_nonfinite: raise"
+    ):
+        sine_learner(execution={"cuda_graph": True}, outer={"on_nonfinite": "skip_task"})
     with pytest.warns(UserWarning, match="cuda_graph=True has no effect on cpu: meta-iterations run as they are"):
-        found = fit("sine", Reptile(), SGD(0.01), cuda_graph=True)
+        found = fit("sine", Reptile(), SGD(0.01), execution={"cuda_graph": True})
     assert found.captured is None
     assert_same_run(found, fit("sine", Reptile(), SGD(0.01)))
 
@@ -358,7 +364,9 @@ def test_a_meta_iteration_needs_nothing_of_the_host(
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # there is none on that device
     data = data_of(kind)
     data.setup("fit")
-    learner = (blob_learner if kind == "blobs" else sine_learner)(rule, inner, vectorize=True, recorded=False)
+    learner = (blob_learner if kind == "blobs" else sine_learner)(
+        rule, inner, execution={"vectorize": True, "traced": False}
+    )
     learner.trainer = trainer()
     learner.trainer.datamodule = data
     learner.to("meta")
@@ -420,7 +428,7 @@ def test_twenty_replays_on_a_gpu_are_the_plain_run(
     """In float64, where sums in another order differ by rounding that twenty meta-iterations do not magnify."""
     run = {**ON_GPU, "precision": "64-true"}
     expected = fit(kind, rule, inner, 20, run=run)
-    found = fit(kind, rule, inner, 20, run=run, data=data_of(kind, on_device=on_device), cuda_graph=True)
+    found = fit(kind, rule, inner, 20, run=run, data=data_of(kind, on_device=on_device), execution={"cuda_graph": True})
     assert found.captured.reason == ""
     assert not warnings_of(caplog)
     for name, value in weights(expected).items():
@@ -437,7 +445,9 @@ def test_twenty_replays_on_a_gpu_are_the_plain_run(
 def test_other_precisions_and_compiled_steps_are_captured_on_a_gpu(precision: str, compiled: bool) -> None:
     run = {**ON_GPU, "precision": precision}
     data = data_of("blobs", on_device=True)
-    found = fit("blobs", Reptile(), SGD(0.05), 6, run=run, data=data, cuda_graph=True, compiled=compiled)
+    found = fit(
+        "blobs", Reptile(), SGD(0.05), 6, run=run, data=data, execution={"cuda_graph": True, "compiled": compiled}
+    )
     assert found.captured.reason == ""
     expected = weights(fit("blobs", Reptile(), SGD(0.05), 6, run=run))
     tolerance = 1e-3 if precision == "32-true" else 5e-2
@@ -447,7 +457,7 @@ def test_other_precisions_and_compiled_steps_are_captured_on_a_gpu(precision: st
 
 def watched(kind: str, before: Any, after: Any) -> Any:
     """A learner with something done around each of its training steps."""
-    learner = (blob_learner if kind == "blobs" else sine_learner)(Reptile(), Adam(0.01), cuda_graph=True)
+    learner = (blob_learner if kind == "blobs" else sine_learner)(Reptile(), Adam(0.01), execution={"cuda_graph": True})
     step = learner.training_step
 
     def training_step(batch: Any, batch_idx: int) -> None:
@@ -503,10 +513,17 @@ def test_what_a_gpu_cannot_capture_runs_plainly(network: Any, reason: str, caplo
     def run(**settings: Any) -> Any:
         torch.manual_seed(1)
         run = {**ON_GPU, "precision": "64-true"}
-        return fit("sine", Reptile(), SGD(0.01), run=run, network=network(), vectorize=False, **settings)
+        return fit(
+            "sine",
+            Reptile(),
+            SGD(0.01),
+            run=run,
+            network=network(),
+            **merged({"execution": {"vectorize": False}}, settings),
+        )
 
     with caplog.at_level(logging.WARNING):
-        found = run(cuda_graph=True)
+        found = run(execution={"cuda_graph": True})
     (line,) = warnings_of(caplog)
     assert reason in line
     for name, value in weights(run()).items():

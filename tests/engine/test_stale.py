@@ -16,6 +16,7 @@ from fomal.engine.tracing import MOST_CHANGES, Recorder
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
 from fomal.outer import Reptile
 from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.tree import detach, stack
@@ -202,7 +203,7 @@ def test_how_to_run_over_tasks_is_decided_again_where_the_network_has_changed(ca
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(81, 3), nn.Tanh()).double()
-    learner = MetaLearner(network, Reptile(), SGD(0.1), eval_inner_steps=1, recorded=False)
+    learner = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 5), execution=Execution(traced=False))
     episode = classification_episode()
     learner.evaluate(episode)
     assert learner.objective.vectorize is True
@@ -210,12 +211,14 @@ def test_how_to_run_over_tasks_is_decided_again_where_the_network_has_changed(ca
     found = learner.evaluate(episode)
     assert learner.objective.vectorize is False
     assert "cannot be vectorised over tasks" in caplog.text
-    fresh = MetaLearner(network, Reptile(), SGD(0.1), eval_inner_steps=1, vectorize=False)
+    fresh = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 5), execution=Execution(vectorize=False))
     torch.testing.assert_close(found.logits, fresh.evaluate(episode).logits)
 
 
 def test_a_forward_that_changes_its_network_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = MetaLearner(Counting("attribute").double(), Reptile(), SGD(0.1), eval_inner_steps=1, recorded=False)
+    learner = MetaLearner(
+        Counting("attribute").double(), Reptile(), SGD(0.1), eval=InnerSchedule(1, 5), execution=Execution(traced=False)
+    )
     settled: list[int] = []
     settle = Objective.settle
     monkeypatch.setattr(Objective, "settle", lambda self, *args: (settled.append(1), settle(self, *args)))
@@ -225,7 +228,7 @@ def test_a_forward_that_changes_its_network_is_settled_once(monkeypatch: pytest.
 
 
 def test_a_forward_that_changes_a_buffer_is_refused() -> None:
-    learner = MetaLearner(Counting("buffer").double(), Reptile(), SGD(0.1), eval_inner_steps=1)
+    learner = MetaLearner(Counting("buffer").double(), Reptile(), SGD(0.1), eval=InnerSchedule(1, 5))
     with pytest.raises(
         ValueError, match="the forward of model.network changes its buffer 'total' in place, as running"
     ):

@@ -15,6 +15,7 @@ from fomal.inner import SGD, Adam
 from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule, OuterStep
 from fomal.models import resize_head
 from fomal.models.parameters import buffers, matching, slots
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
@@ -173,9 +174,11 @@ def test_outer_gradients_are_those_of_one_parameter(make: Any, execution: str) -
 def test_evaluation_is_that_of_one_parameter_and_changes_none(make: Any) -> None:
     network, start, episode = problem(make)
     found = []
-    for execution in ("looped", "recorded"):
-        learner = MetaLearner(network, Reptile(), SGD(LR), eval_inner_steps=STEPS, recorded=execution == "recorded")
-        learner.objective.vectorize = execution == "recorded"
+    for way in ("looped", "traced"):
+        learner = MetaLearner(
+            network, Reptile(), SGD(LR), eval=InnerSchedule(STEPS, 5), execution=Execution(traced=way == "traced")
+        )
+        learner.objective.vectorize = way == "traced"
         learner.objective.is_given = True
         with torch.no_grad():
             found.append(learner.evaluate(episode))
@@ -198,7 +201,7 @@ def test_evaluation_is_that_of_one_parameter_and_changes_none(make: Any) -> None
 def test_a_run_keeps_ties_and_goes_on_from_its_checkpoint(tmp_path: Any) -> None:
     def fitted(steps: int, ckpt_path: Any = None) -> MetaLearner:
         network, _, episode = problem(Tied)
-        learner = MetaLearner(network, Reptile(), Adam(0.01), inner_steps=2, inner_batch_size=4, outer_final=1.0)
+        learner = MetaLearner(network, Reptile(), Adam(0.01), train=InnerSchedule(2, 4), outer=OuterStep(final=1.0))
         run = trainer(steps, precision="64-true")
         run.fit(learner, torch.utils.data.DataLoader([episode] * 4, batch_size=None), ckpt_path=ckpt_path)
         run.save_checkpoint(tmp_path / "last.ckpt")
@@ -248,7 +251,7 @@ def test_a_name_that_is_not_the_first_is_refused() -> None:
 
 def test_a_copy_of_a_learner_has_its_own_ties_and_recordings() -> None:
     network, _, episode = problem(Tied)
-    learner = MetaLearner(network, Reptile(), SGD(LR), eval_inner_steps=1, recorded=True)
+    learner = MetaLearner(network, Reptile(), SGD(LR), eval=InnerSchedule(1, 5), execution=Execution(traced=True))
     expected = learner.evaluate(episode).logits
     other = copy.deepcopy(learner)
     assert not other.objective.recorder._recordings

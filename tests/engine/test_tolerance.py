@@ -16,6 +16,7 @@ from fomal.engine.tracing import Recorder
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import BatchNorm
 from fomal.outer import Reptile
 from fomal.utils import tree
@@ -91,7 +92,7 @@ def test_what_is_vectorised_is_compared_with_the_loop(more: Any, is_off: bool, c
     assert objective.vectorize is not is_off
     if is_off:
         assert "its vectorised gradient is off by" in caplog.text
-        assert "model.vectorize: false says so beforehand" in caplog.text
+        assert "model.execution.vectorize: false says so beforehand" in caplog.text
     else:
         assert not caplog.records
 
@@ -117,7 +118,7 @@ def test_data_that_are_not_finite_are_named_and_not_called_a_network_that_cannot
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(81, 3)).double()
-    learner = MetaLearner(network, Reptile(), SGD(0.1), eval_inner_steps=1)
+    learner = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 5))
     episode = classification_episode()._replace(split=2, number=torch.arange(40, 44))
     spoilt = {field: getattr(episode, field).clone()}
     spoilt[field][1, 0] = torch.nan

@@ -118,7 +118,7 @@ def test_a_recorded_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -
         inner = Adam(0.01, eps=1e-3, eps_root=1e-8)
     found = []
     for wanted in (False, None):
-        learner = blob_learner(rule, inner, recorded=wanted)
+        learner = blob_learner(rule, inner, execution={"traced": wanted})
         data = Blobs(test_tasks=10, eval_tasks_per_batch=10, train_query_shots=2)
         run = trainer(3, precision="64-true")
         run.fit(learner, datamodule=data)
@@ -136,7 +136,7 @@ def test_a_recorded_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -
 
 def test_a_recorded_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
     def fitted(steps: int, ckpt_path: Path | None = None) -> Any:
-        learner = blob_learner(FOMAML(tail_shots=1), Adam(0.01), outer_final=1.0)
+        learner = blob_learner(FOMAML(tail_shots=1), Adam(0.01), outer={"final": 1.0})
         run = trainer(steps)
         run.fit(learner, datamodule=Blobs(), ckpt_path=ckpt_path)
         run.save_checkpoint(tmp_path / "last.ckpt")
@@ -184,7 +184,7 @@ class Own(nn.Module):
         (
             "",
             None,
-            "Own is not known to compute the same each time; model.recorded: true says that",
+            "Own is not known to compute the same each time; model.execution.traced: true says that",
         ),
         ("python", True, "the network draws random numbers"),
         ("torch", True, "the network draws random numbers"),
@@ -250,13 +250,13 @@ def test_what_cannot_be_recorded_or_differs_runs_plainly_and_says_so(
         trainer(2).fit(learner, datamodule=Blobs())
         return learner
 
-    expected = weights(fitted(recorded=False))
+    expected = weights(fitted(execution={"traced": False}))
     monkeypatch.setattr(recorded, "record", wrongly)
     with caplog.at_level(logging.WARNING):
         learner = fitted()
     assert_same(weights(learner), expected)
     reason = "no such operation" if case == "cannot" else "what is recorded is off by 1.0e-02 of its norm"
-    remedy = "model.recorded: false says so beforehand"
+    remedy = "model.execution.traced: false says so beforehand"
     assert lines(caplog) == [f"Conv4 runs as it is written, which is slower (same results): {reason}; {remedy}"]
 
 
@@ -265,8 +265,10 @@ def test_too_little_memory_is_no_fault_of_recording(monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(recorded, "record", no_room)
-    learner = blob_learner(Reptile(), Adam(0.01), tasks_per_chunk=2)
-    with pytest.raises(torch.OutOfMemoryError, match="^2 tasks at a time do not fit: lower model.tasks_per_chunk=2. "):
+    learner = blob_learner(Reptile(), Adam(0.01), execution={"tasks_per_chunk": 2})
+    with pytest.raises(
+        torch.OutOfMemoryError, match="^2 tasks at a time do not fit: lower model.execution.tasks_per_chunk=2. "
+    ):
         trainer(1).fit(learner, datamodule=Blobs())
     assert learner.objective.recorder is not None
     assert learner.objective.recorder.is_on

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.outer import Reptile
 
 
@@ -28,8 +29,7 @@ class RandomImages(ImageDataModule):
 
 
 def learner(network: nn.Module) -> MetaLearner:
-    schedule = {"inner_steps": 2, "inner_batch_size": 5, "eval_inner_steps": 6, "eval_inner_batch_size": 4}
-    return MetaLearner(network, Reptile(), Adam(0.01), **schedule)
+    return MetaLearner(network, Reptile(), Adam(0.01), train=InnerSchedule(2, 5), eval=InnerSchedule(6, 4))
 
 
 def fit(model: MetaLearner, data: L.LightningDataModule, folder: Path, *callbacks: Any, **settings: Any) -> None:

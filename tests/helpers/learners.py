@@ -9,6 +9,7 @@ from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP, BatchNorm, Conv4
 from fomal.outer import Reptile
+from tests.helpers.groups import grouped
 
 
 class Blobs(ImageDataModule):
@@ -32,15 +33,15 @@ class Blobs(ImageDataModule):
 def sine_learner(rule=None, inner=None, network=None, **settings):
     torch.manual_seed(0)
     network = network or MLP(hidden=(16,))
-    defaults = {"inner_steps": 3, "inner_batch_size": 5, "eval_inner_steps": 4, "eval_inner_batch_size": 10}
-    return MetaLearner(network, rule or Reptile(), inner or Adam(0.01), **{**defaults, **settings})
+    defaults = {"train": {"steps": 3, "batch_size": 5}, "eval": {"steps": 4, "batch_size": 10}}
+    return MetaLearner(network, rule or Reptile(), inner or Adam(0.01), **grouped(defaults, settings))
 
 
 def blob_learner(rule=None, inner=None, network=None, **settings):
     torch.manual_seed(0)
     network = network or Conv4(3, image_size=9, filters=8)
-    defaults = {"inner_steps": 3, "inner_batch_size": 6, "eval_inner_steps": 4, "eval_inner_batch_size": 3}
-    return MetaLearner(network, rule or Reptile(), inner or Adam(0.01), **{**defaults, **settings})
+    defaults = {"train": {"steps": 3, "batch_size": 6}, "eval": {"steps": 4, "batch_size": 3}}
+    return MetaLearner(network, rule or Reptile(), inner or Adam(0.01), **grouped(defaults, settings))
 
 
 def trainer(steps=4, **settings):

@@ -10,6 +10,7 @@ import torch
 from fomal.data import SinusoidDataModule
 from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP, Conv4
+from tests.helpers.groups import merged
 from tests.helpers.learners import Blobs, blob_learner, sine_learner, trainer
 
 SEEDS = (3, 5)
@@ -45,11 +46,11 @@ def outer(lr: float = 0.3) -> Any:
 
 def sine(seed: int, rule: Any = None, inner: Any = None, **settings: Any) -> MetaLearner:
     torch.manual_seed(seed)
-    return sine_learner(rule, inner, MLP(hidden=(8,)), **{"outer_optimizer": outer(), **settings})
+    return sine_learner(rule, inner, MLP(hidden=(8,)), **merged({"outer": {"optimizer": outer()}}, settings))
 
 
 def plain(seed: int, **settings: Any) -> MetaLearner:
-    return sine(seed, recorded=False, **settings)
+    return sine(seed, **merged({"execution": {"traced": False}}, settings))
 
 
 def sines(**settings: Any) -> SinusoidDataModule:
@@ -73,4 +74,4 @@ def fitted(model: Any, data: Any, folder: Path, steps: int = STEPS, **settings: 
 def conv(seed: int, rule: Any, inner: Any, **settings: Any) -> MetaLearner:
     torch.manual_seed(seed)
     network = Conv4(3, image_size=9, filters=4)
-    return blob_learner(rule, inner, network, outer_optimizer=outer(), **settings)
+    return blob_learner(rule, inner, network, **merged({"outer": {"optimizer": outer()}}, settings))

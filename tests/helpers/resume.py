@@ -63,7 +63,7 @@ class Run:
         logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder / "runs"), "name": "sine"}}
         config = {
             "seed_everything": 3,
-            "model": tiny_model("Adam", lr=0.01) | {"outer_optimizer": {"class_path": "torch.optim.Adam"}},
+            "model": tiny_model("Adam", lr=0.01) | {"outer": {"optimizer": {"class_path": "torch.optim.Adam"}}},
             "data": {
                 "class_path": "fomal.data.SinusoidDataModule",
                 "init_args": {"meta_batch_size": 4, "val_tasks": 9, "eval_tasks_per_batch": 2, "num_workers": workers},

@@ -16,7 +16,7 @@ CURVE = "step,val/accuracy,val/accuracy_ci95\n100,0.5,0.02\n200,{last},0.01\n"
 def config(seed: int = 0, rule: str = "Reptile", steps: int = 5, **arguments: Any) -> dict[str, Any]:
     return {
         "seed_everything": seed,
-        "model": {"rule": {"class_path": f"fomal.outer.{rule}", "init_args": arguments}, "inner_steps": steps},
+        "model": {"rule": {"class_path": f"fomal.outer.{rule}", "init_args": arguments}, "train": {"steps": steps}},
         "data": {"class_path": "fomal.data.SinusoidDataModule", "init_args": {"shots": 1, "root": f"here/{seed}"}},
         "trainer": {"max_steps": 200, "logger": {"init_args": {"name": rule}}},
     }

@@ -11,6 +11,6 @@ def tiny_model(inner: str = "SGD", lr: float = 0.02) -> dict[str, Any]:
         "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
         "rule": {"class_path": "fomal.outer.Reptile"},
         "inner_optimizer": {"class_path": f"fomal.inner.{inner}", "init_args": {"lr": lr}},
-        "inner_steps": 2,
-        "eval_inner_steps": 2,
+        "train": {"steps": 2},
+        "eval": {"steps": 2},
     }

@@ -42,12 +42,12 @@ def moved(rule, **settings):
 def test_what_is_adapted_and_what_is_learnt(rule, adapt, chosen):
     names = set(weights(blob_learner()))
     adapted = {name for name in names if chosen(name)}
-    assert moved(rule, adapt=adapt, outer_parameters="adapted") == adapted
+    assert moved(rule, adapt=adapt, outer={"parameters": "adapted"}) == adapted
     assert moved(rule, adapt=adapt) == (names if rule.needs_query else adapted)
 
 
 def test_adapting_the_head_equals_a_loop_with_torch_optim_over_the_head():
-    learner, data = blob_learner(inner=SGD(0.1), adapt=["head.*"], outer_parameters="adapted"), Blobs()
+    learner, data = blob_learner(inner=SGD(0.1), adapt=["head.*"], outer={"parameters": "adapted"}), Blobs()
     learner.double()
     data.setup("fit")
     episode = data.on_after_batch_transfer(data.episodes("train", torch.arange(4)), 0)
@@ -73,7 +73,7 @@ def test_adapting_the_head_equals_a_loop_with_torch_optim_over_the_head():
 )
 @pytest.mark.filterwarnings("ignore:.*is made of the inner loop's displacements")
 def test_an_outer_optimiser_with_weight_decay_leaves_alone_what_displacements_do_not_reach(rule):
-    decay = {"outer_optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)}
+    decay = {"outer": {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)}}
     assert moved(rule, adapt=["head.*"], **decay) == HEAD
 
 
@@ -96,7 +96,7 @@ def test_displacements_teach_nothing_to_the_rest_and_it_is_said():
         blob_learner(Reptile(), adapt=["head.*"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        blob_learner(Reptile(), adapt=["head.*"], outer_parameters="adapted")
+        blob_learner(Reptile(), adapt=["head.*"], outer={"parameters": "adapted"})
         blob_learner(QueryFOMAML(), adapt=["head.*"])
         blob_learner(Reptile(), adapt=["*"])
 
@@ -133,8 +133,8 @@ def test_patterns_are_those_of_file_names():
         matching(network, ["head.*", "haed.*"])
     with pytest.raises(ValueError, match="leaves no parameter to adapt: give a pattern without an exclamation mark"):
         matching(network, ["!head.*"])
-    with pytest.raises(ValueError, match="outer_parameters='none' is unknown: use one of all, adapted"):
-        blob_learner(adapt=["*"], outer_parameters="none")
+    with pytest.raises(ValueError, match="model.outer.parameters='none' is unknown: use one of all, adapted"):
+        blob_learner(adapt=["*"], outer={"parameters": "none"})
 
 
 def test_the_command_line_takes_it_from_the_checkpoint(tmp_path, monkeypatch, fails):
@@ -150,7 +150,7 @@ def test_the_command_line_takes_it_from_the_checkpoint(tmp_path, monkeypatch, fa
     assert "model.adapt is ['layers.3.*'] in the checkpoint" in fails(
         "test", "--ckpt_path", checkpoint, "--model.adapt", "[layers.1.*]"
     )
-    for change in (["--model.adapt", "[layers.1.*]"], ["--model.outer_parameters", "adapted"]):
+    for change in (["--model.adapt", "[layers.1.*]"], ["--model.outer.parameters", "adapted"]):
         message = fails("fit", "--ckpt_path", checkpoint, *change)
         assert f"{change[0].removeprefix('--')} is" in message
         assert "start a new run without --ckpt_path" in message

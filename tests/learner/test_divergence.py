@@ -51,7 +51,7 @@ MESSAGES = {
 @pytest.mark.parametrize("what", MESSAGES)
 @pytest.mark.parametrize("saver", ["SaveLast", "ModelCheckpoint"])
 def test_no_checkpoint_is_replaced_by_one_that_is_not_finite(what: str, saver: str, tmp_path: Path) -> None:
-    learner = sine_learner(outer_optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+    learner = sine_learner(outer={"optimizer": lambda p: torch.optim.Adam(p, lr=0.01)})
     saves = {
         "SaveLast": SaveLast(2, str(tmp_path)),
         "ModelCheckpoint": ModelCheckpoint(
@@ -67,7 +67,7 @@ def test_no_checkpoint_is_replaced_by_one_that_is_not_finite(what: str, saver: s
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip_task"])
 def test_an_outer_step_that_is_too_large_is_told_from_tasks_that_diverge(on_nonfinite: str) -> None:
-    learner = sine_learner(on_nonfinite=on_nonfinite)
+    learner = sine_learner(outer={"on_nonfinite": on_nonfinite})
     with pytest.raises(FloatingPointError, match="^meta-iteration 1: the network's .* is infinite or NaN"):
         trainer(9, callbacks=[Spoil(1, "weights")]).fit(learner, datamodule=SinusoidDataModule())
 
@@ -88,7 +88,7 @@ def broken(split: str, numbers: range) -> type[SinusoidDataModule]:
 
 def test_meta_batches_that_are_left_out_whole_are_said_and_end_the_run(recwarn: pytest.WarningsRecorder) -> None:
     data = broken("train", range(6, 10**6))(meta_batch_size=2, train_shots=5)
-    learner = sine_learner(on_nonfinite="skip_task")
+    learner = sine_learner(outer={"on_nonfinite": "skip_task"})
     run = trainer(500)
     with pytest.raises(FloatingPointError, match="^meta-iteration 103: no task of the last 100 meta-batches is finite"):
         run.fit(learner, datamodule=data)
@@ -99,7 +99,7 @@ def test_meta_batches_that_are_left_out_whole_are_said_and_end_the_run(recwarn: 
 
 def test_one_meta_batch_that_is_left_out_does_not_end_a_run() -> None:
     data = broken("train", range(6, 8))(meta_batch_size=2, train_shots=5)
-    learner, run = sine_learner(on_nonfinite="skip_task"), trainer(6)
+    learner, run = sine_learner(outer={"on_nonfinite": "skip_task"}), trainer(6)
     with pytest.warns(UserWarning, match="meta-iteration 4: no task of its meta-batch is finite"):
         run.fit(learner, datamodule=data)
     assert (run.global_step, learner.skipped_tasks) == (6, 2)

@@ -33,7 +33,7 @@ class Seen(Callback):
 
 
 def fit(seen: Seen, workers: int = 0, ckpt_path: Path | None = None, **settings: Any) -> MetaLearner:
-    learner = sine_learner(outer_final=1.0, inner_steps=2)
+    learner = sine_learner(outer={"final": 1.0}, train={"steps": 2})
     data = SinusoidDataModule(meta_batch_size=2, val_tasks=3, num_workers=workers)
     plain = {"check_val_every_n_epoch": 1, "val_check_interval": 1.0, "callbacks": [seen]}
     trainer(**{"steps": 11, **plain, **settings}).fit(learner, datamodule=data, ckpt_path=ckpt_path)
@@ -78,7 +78,7 @@ def test_only_overfit_batches_repeats(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_of_a_trainer_goes_on_and_another_trainer_begins_at_the_first_task() -> None:
-    learner, data = sine_learner(outer_final=1.0), SinusoidDataModule(meta_batch_size=2)
+    learner, data = sine_learner(outer={"final": 1.0}), SinusoidDataModule(meta_batch_size=2)
     run = trainer(3, callbacks=[seen := Seen()])
     run.fit(learner, datamodule=data)
     run.fit_loop.epoch_loop.max_steps = 5

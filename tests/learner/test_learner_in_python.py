@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from fomal.cli import main
 from fomal.data import SinusoidDataModule
 from fomal.inner import SGD, Adam
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
-from fomal.outer import MAML, Reptile
+from fomal.outer import FOMAML, MAML, Reptile
 from tests.helpers.learners import Blobs, blob_learner, sine_learner, trainer, weights
 from tests.helpers.resume import same
 from tests.helpers.sine import tiny_model
@@ -29,7 +31,7 @@ DATA = {"meta_batch_size": 2, "val_tasks": 3, "test_tasks": 4}
 
 def small(**settings: Any) -> MetaLearner:
     torch.manual_seed(0)
-    return sine_learner(network=MLP(hidden=[4]), inner_steps=2, **settings)
+    return sine_learner(network=MLP(hidden=[4]), train={"steps": 2}, **settings)
 
 
 @pytest.mark.recorded
@@ -88,17 +90,19 @@ def test_it_is_pickled_copied_and_saved_after_training() -> None:
 def test_settings_may_be_changed_afterwards() -> None:
     learner, data = small(), SinusoidDataModule(**DATA)
     trainer().test(learner, datamodule=data, verbose=False)
-    learner.eval_inner_steps, learner.eval_inner_batch_size = 7, 3
+    learner.eval_schedule = replace(learner.eval_schedule, steps=7, batch_size=3)
     trainer().test(learner, datamodule=data, verbose=False)
     assert len(learner.results["loss_by_step"]) == 8
-    shorter = {"inner_steps": 2, "eval_inner_steps": 7, "eval_inner_batch_size": 3}
+    shorter = {"train": {"steps": 2}, "eval": {"steps": 7, "batch_size": 3}}
     expected = sine_learner(network=MLP(hidden=[4]), **shorter)
     expected.network.load_state_dict(learner.network.state_dict())
     trainer().test(expected, datamodule=data, verbose=False)
     assert learner.results == expected.results
-    learner.eval_inner_steps = 0
-    with pytest.raises(ValueError, match="eval_inner_steps=0 must be at least 1"):
-        trainer().test(learner, datamodule=data, verbose=False)
+    with pytest.raises(ValueError, match="model.train or model.eval: steps=0 must be at least 1"):
+        replace(learner.eval_schedule, steps=0)
+    learner.rule, learner.train_schedule = FOMAML(tail_shots=1), InnerSchedule(1)
+    with pytest.raises(ValueError, match="model.train.steps=1 leaves no step before the separate tail"):
+        trainer(1).fit(learner, datamodule=data)
 
 
 def test_another_network_takes_the_place_of_the_first() -> None:
@@ -124,7 +128,7 @@ def saved(learner: MetaLearner, path: Path, **settings: Any) -> Path:
 
 
 def test_a_checkpoint_made_in_python_needs_the_objects_alone(tmp_path: Path) -> None:
-    learner = small(inner=Adam(0.01), eval_inner_steps=6, inner_state="carried", outer_clip_val=3.0)
+    learner = small(inner=Adam(0.01), eval={"steps": 6}, inner_state="carried", outer={"clip_val": 3.0})
     path = saved(learner, tmp_path / "c.ckpt", precision="64-true")
     message = r"was made in Python, .*: use load_from_checkpoint\('.*c.ckpt', network=..., rule=..., inner_optimizer="
     with pytest.raises(ValueError, match=message):
@@ -132,12 +136,12 @@ def test_a_checkpoint_made_in_python_needs_the_objects_alone(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="give load_from_checkpoint rule and inner_optimizer too"):
         MetaLearner.load_from_checkpoint(path, network=MLP(hidden=[4]))
     loaded = MetaLearner.load_from_checkpoint(
-        path, network=MLP(hidden=[4]), rule=Reptile(), inner_optimizer=Adam(0.01), inner_steps=3
+        path, network=MLP(hidden=[4]), rule=Reptile(), inner_optimizer=Adam(0.01), train=InnerSchedule(3)
     )
     same(weights(loaded), weights(learner))
     same(loaded.carried, learner.carried)
     assert next(iter(weights(loaded).values())).dtype == torch.float64
-    assert (loaded.eval_inner_steps, loaded.outer_clip_val, loaded.inner_steps) == (6, 3.0, 3)
+    assert (loaded.eval_schedule, loaded.outer.clip_val, loaded.train_schedule.steps) == (learner.eval_schedule, 3.0, 3)
     results = []
     for one in (learner, loaded):
         trainer(precision="64-true").test(one, datamodule=SinusoidDataModule(**DATA), verbose=False)
@@ -159,7 +163,7 @@ def test_a_checkpoint_of_the_command_line_needs_nothing_else(tmp_path: Path) -> 
     same(weights(loaded), weights(made.model))
     same(loaded.carried, made.model.carried)
     assert loaded.config == made.model.config
-    assert loaded.eval_inner_steps == 2
+    assert loaded.eval_schedule.steps == 2
     x = torch.randn(4, 1)
     assert torch.equal(loaded(x), made.model.network(x))
     trainer(2).fit(loaded, datamodule=SinusoidDataModule(**DATA))
@@ -189,8 +193,9 @@ def test_figures_of_evaluations_are_no_parts_of_the_learner() -> None:
     learner, data = small(), SinusoidDataModule(**DATA)
     run = trainer(2)
     first = run.test(learner, datamodule=data)
-    learner.eval_inner_steps += 1
+    before = learner.eval_schedule
+    learner.eval_schedule = replace(before, steps=before.steps + 1)
     run.test(learner, datamodule=data)
-    learner.eval_inner_steps -= 1
+    learner.eval_schedule = before
     assert run.test(learner, datamodule=data) == first
     assert [name for name, _ in learner.named_children()] == ["network", "train_losses"]

@@ -21,6 +21,7 @@ from fomal.data import SinusoidDataModule
 from fomal.inner import SGD, BinaryCrossEntropy, Huber, SquaredError
 from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.replicas import Replicas
+from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import MAML, Reptile
 from fomal.run.trust import is_known
@@ -31,7 +32,7 @@ from tests.helpers.sine import tiny_model
 
 
 def learner(**settings: Any) -> MetaLearner:
-    settings = {"inner_steps": 1, "eval_inner_steps": 1, "inner_batch_size": 4} | settings
+    settings = {"train": InnerSchedule(1, 4), "eval": InnerSchedule(1, 5)} | settings
     return MetaLearner(settings.pop("network", MLP(hidden=(4,))), settings.pop("rule", Reptile()), SGD(0.1), **settings)
 
 

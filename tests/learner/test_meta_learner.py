@@ -60,7 +60,7 @@ def test_the_same_run_twice_is_bitwise_equal(rule):
 @pytest.mark.parametrize("inner_state", ["carried", "reset"])
 def test_resuming_equals_not_stopping(inner_state, tmp_path):
     def fresh():
-        return blob_learner(inner_state=inner_state, outer_optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+        return blob_learner(inner_state=inner_state, outer={"optimizer": lambda p: torch.optim.Adam(p, lr=0.01)})
 
     whole, part, rest = fresh(), fresh(), fresh()
     trainer(6).fit(whole, datamodule=Blobs())
@@ -147,7 +147,7 @@ def test_regression_reports_the_loss_after_each_step():
 
 def test_training_learns_to_learn():
     data = SinusoidDataModule(train_shots=20, meta_batch_size=5, test_tasks=100)
-    learner = sine_learner(inner=SGD(0.02), network=MLP(), inner_steps=5, eval_inner_steps=16)
+    learner = sine_learner(inner=SGD(0.02), network=MLP(), train={"steps": 5}, eval={"steps": 16})
     run = trainer(300)
     run.test(learner, datamodule=data, verbose=False)
     untrained = learner.results["metrics"]["test/loss"]
@@ -157,7 +157,7 @@ def test_training_learns_to_learn():
 
 
 def test_the_outer_step_size_goes_linearly_to_its_end():
-    learner, seen = sine_learner(outer_final=0.5), []
+    learner, seen = sine_learner(outer={"final": 0.5}), []
 
     class Record(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, *args):
@@ -168,11 +168,11 @@ def test_the_outer_step_size_goes_linearly_to_its_end():
 
 
 def test_any_torch_schedule_is_stepped_once_a_meta_iteration():
-    learner = sine_learner(outer_schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5))
+    learner = sine_learner(outer={"schedule": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)})
     trainer(3).fit(learner, datamodule=SinusoidDataModule())
     assert learner._optimizer().param_groups[0]["lr"] == pytest.approx(0.125)
-    waits = sine_learner(outer_schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
-    with pytest.raises(ValueError, match="outer_schedule=ReduceLROnPlateau waits for a metric"):
+    waits = sine_learner(outer={"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau})
+    with pytest.raises(ValueError, match="model.outer.schedule=ReduceLROnPlateau waits for a metric"):
         trainer(3).fit(waits, datamodule=SinusoidDataModule())
 
 
@@ -247,8 +247,8 @@ def test_frozen_parameters_stay(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"inner_batch_size": 0}, "inner_batch_size=0 must be at least 1"),
-        ({"eval_inner_steps": 0}, "eval_inner_steps=0 must be at least 1"),
+        ({"train": {"batch_size": 0}}, "model.train or model.eval: batch_size=0 must be at least 1"),
+        ({"eval": {"steps": 0}}, "model.train or model.eval: steps=0 must be at least 1"),
         ({"inner_state": "kept"}, "inner_state='kept' is unknown: use one of carried, reset"),
         ({"rule": MAML(), "inner": Adam()}, "MAML differentiates through Adam"),
     ],
@@ -269,9 +269,9 @@ def test_bad_settings_are_refused_when_the_learner_is_built(settings, message):
         ),
         (lambda: blob_learner(FOMAML(tail_shots=4)), Blobs, "tail_shots=4 does not split a task with 4 support"),
         (
-            lambda: blob_learner(inner_batch_size=13, inner_replacement=True),
+            lambda: blob_learner(train={"batch_size": 13, "replacement": True}),
             Blobs,
-            "inner_batch_size=13 exceeds the 12",
+            "batch_size=13 exceeds the 12",
         ),
         (
             lambda: MetaLearner(MLP(out_features=2), Reptile(), SGD()),
@@ -292,7 +292,7 @@ def test_a_linear_schedule_needs_an_end():
 
 
 def test_logged_losses_are_means_over_the_interval_at_their_meta_iteration(tmp_path):
-    learner, logged = sine_learner(tasks_per_chunk=100), []
+    learner, logged = sine_learner(execution={"tasks_per_chunk": 100}), []
 
     class Recording(type(learner.rule)):
         def __call__(self, inner, start):

@@ -71,7 +71,7 @@ def train(rule: str, precision: str, devices: int, count: Callback | None = None
     data = Blobs(train_query_shots=2, meta_batch_size=8, val_tasks=7, test_tasks=7, eval_tasks_per_batch=3)
     outer, inner = RULES[rule]
     # Small steps, since four large ones magnify rounding; and no outer Adam, which divides it by roots near zero.
-    learner = blob_learner(outer, inner, outer_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5))
+    learner = blob_learner(outer, inner, outer={"optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5)})
     callbacks = [SaveLast(every_n_meta_iterations=1000), *([count] if count else [])]
     strategy = "ddp" if devices > 1 else "auto"
     settings = {"devices": devices, "strategy": strategy, "precision": precision, "val_check_interval": 2}
@@ -239,7 +239,7 @@ def disagree(kind: str) -> None:
     data = Blobs(seed=rank) if kind == "seed" else Blobs(meta_batch_size=5 if kind == "size" else 4)
     learner = blob_learner()
     if kind == "config":
-        learner.config = {"model": {"inner_steps": 3 + rank}}
+        learner.config = {"model": {"train": {"steps": 3 + rank}}}
     run = trainer(4, devices=2, strategy="ddp")
     if kind == "start" and rank:
         run.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 2
@@ -250,7 +250,10 @@ def disagree(kind: str) -> None:
     ("kind", "message"),
     [
         ("seed", "the processes differ in the seed of the data: 0 in process 0, 1 in process 1"),
-        ("config", "the processes differ in model: {'inner_steps': 3} in process 0, {'inner_steps': 4} in process 1"),
+        (
+            "config",
+            "the processes differ in model: {'train': {'steps': 3}} in process 0, {'train': {'steps': 4}} in process 1",
+        ),
         ("start", "the processes differ in the meta-iteration they go on from: 0 in process 0, 2 in process 1"),
         ("size", "data.meta_batch_size=5 does not divide over 2 processes: use 4 or 6"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def first_step(precision: str, name: str) -> tuple[torch.Tensor, torch.Tensor, M
             seen.append(torch.cat([p.grad.double().flatten() for p in self.param_groups[0]["params"]]))
 
     learner = smooth_learner(*RULES[name])
-    learner.outer_optimizer = lambda params: Recording(params, lr=1.0)
+    learner.outer = replace(learner.outer, optimizer=lambda params: Recording(params, lr=1.0))
     trainer(1, precision=precision).fit(learner, datamodule=Blobs(train_query_shots=2))
     return seen[0], learner.train_losses.compute()[0], learner
 
@@ -80,7 +81,7 @@ def test_evaluation_is_that_of_64_bits_up_to_rounding(precision: str) -> None:
 
 def test_bf16_true_rounds_small_outer_steps_away_and_says_so() -> None:
     learner = smooth_learner(Reptile(), SGD(0.02))
-    learner.outer_optimizer = lambda params: torch.optim.SGD(params, lr=1e-4)
+    learner.outer = replace(learner.outer, optimizer=lambda params: torch.optim.SGD(params, lr=1e-4))
     before = {name: p.detach().bfloat16() for name, p in learner.network.named_parameters()}
     with pytest.warns(UserWarning, match="bf16-true rounds small outer steps away; bf16-mixed does not"):
         trainer(2, precision="bf16-true").fit(learner, datamodule=Blobs())
@@ -99,7 +100,7 @@ def test_16_bits_are_refused_on_a_cpu_too(precision: str, fails: Any) -> None:
 
 def resumable() -> MetaLearner:
     """A learner with inner and outer Adam."""
-    return sine_learner(outer_optimizer=lambda params: torch.optim.Adam(params, lr=0.01), outer_final=1.0)
+    return sine_learner(outer={"optimizer": lambda params: torch.optim.Adam(params, lr=0.01), "final": 1.0})
 
 
 def fitted(precision: str, steps: int, **settings: Any) -> tuple[MetaLearner, Any]:

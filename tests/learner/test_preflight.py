@@ -32,17 +32,17 @@ def fit(learner: MetaLearner | None = None, **settings: Any) -> L.Trainer:
 
 
 REFUSED = [
-    ({"gradient_clip_val": 0.5}, "trainer.gradient_clip_val=0.5 .*: use model.outer_clip_val=0.5 instead"),
+    ({"gradient_clip_val": 0.5}, "trainer.gradient_clip_val=0.5 .*: use model.outer.clip_val=0.5 instead"),
     (
         {"gradient_clip_val": 2, "gradient_clip_algorithm": "value"},
-        "use model.outer_clip_val=2 and model.outer_clip_algorithm=value instead",
+        "use model.outer.clip_val=2 and model.outer.clip_algorithm=value instead",
     ),
     ({"accumulate_grad_batches": 4}, "trainer.accumulate_grad_batches=4: .* multiply data.meta_batch_size by 4"),
     (
         {"callbacks": [callbacks.GradientAccumulationScheduler({0: 2})]},
         "GradientAccumulationScheduler .*meta_batch_size",
     ),
-    ({"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging .*model.outer_final: 0"),
+    ({"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging .*model.outer.final: 0"),
     ({"callbacks": [callbacks.LearningRateFinder()]}, "LearningRateFinder .*--replicas"),
     ({"limit_train_batches": 0.5}, "trainer.limit_train_batches=0.5 is a share .*: give the number of meta-iterations"),
     ({"overfit_batches": 0.5}, "trainer.overfit_batches=0.5 is a share .*: give the number of meta-iterations"),
@@ -93,14 +93,14 @@ def test_the_outer_gradient_is_clipped_as_torch_clips(algorithm: str, monkeypatc
         return {name: g * 0.01 / (norm + 1e-6) for name, g in gradient.items()}
 
     monkeypatch.setattr(MetaLearner, "adopt", watched)
-    learner = sine_learner(outer_clip_val=0.01, outer_clip_algorithm=algorithm, outer_final=1.0)
+    learner = sine_learner(outer={"clip_val": 0.01, "clip_algorithm": algorithm, "final": 1.0})
     fit(learner, steps=3)
     for name, expected in seen[-1].items():
         torch.testing.assert_close(weights(learner)[name], expected)
 
 
 def test_a_clip_that_clips_nothing_changes_nothing() -> None:
-    plain, clipped = sine_learner(), sine_learner(outer_clip_val=1e6)
+    plain, clipped = sine_learner(), sine_learner(outer={"clip_val": 1e6})
     fit(plain)
     fit(clipped)
     same(weights(clipped), weights(plain))
@@ -108,8 +108,8 @@ def test_a_clip_that_clips_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_clip_is_a_positive_number(value: float) -> None:
-    with pytest.raises(ValueError, match=f"outer_clip_val={value} must be above 0 and finite"):
-        sine_learner(outer_clip_val=value)
+    with pytest.raises(ValueError, match=f"model.outer.clip_val={value} must be above 0 and finite"):
+        sine_learner(outer={"clip_val": value})
 
 
 def test_the_learning_rate_is_monitored_all_along(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCo
 from fomal.tasks.replicated import ReplicatedDataModule
 from tests.helpers.learners import smooth_learner
 from tests.helpers.processes import Group
-from tests.helpers.replicas import SEEDS, blobs, close, conv, fitted, outer, sine, sines
+from tests.helpers.replicas import SEEDS, blobs, close, conv, fitted, outer, plain, sine, sines
 
 Make = Callable[[int], MetaLearner]
 
@@ -75,7 +75,7 @@ RULES: dict[str, tuple[Any, Any]] = {
 )
 def test_a_replica_is_the_run_alone(name: str, recorded: bool | None, tmp_path: Path) -> None:
     rule, inner = RULES[name]
-    make = lambda place: sine(SEEDS[place], rule, inner, recorded=recorded)  # noqa: E731
+    make = lambda place: sine(SEEDS[place], rule, inner, execution={"traced": recorded})  # noqa: E731
     assert_equal(make, sines, tmp_path, 1e-12)
 
 
@@ -93,12 +93,12 @@ IMAGES = {
     [*((name, False) for name in IMAGES), pytest.param("Reptile, momentum", None, marks=pytest.mark.recorded)],
 )
 def test_a_replica_is_the_run_alone_on_images(name: str, recorded: bool | None, tmp_path: Path) -> None:
-    make = lambda place: conv(SEEDS[place], *IMAGES[name], recorded=recorded)  # noqa: E731
+    make = lambda place: conv(SEEDS[place], *IMAGES[name], execution={"traced": recorded})  # noqa: E731
     assert_equal(make, blobs, tmp_path, 1e-9, steps=3, limit_val_batches=0 if recorded is None else 1.0)
 
 
 def test_in_32_bits_a_replica_differs_by_rounding(tmp_path: Path) -> None:
-    make = lambda place: conv(SEEDS[place], Reptile(), SGD(0.05), recorded=False)  # noqa: E731
+    make = lambda place: conv(SEEDS[place], Reptile(), SGD(0.05), execution={"traced": False})  # noqa: E731
     expected, found = (kind(make, blobs, tmp_path, steps=3, precision="32-true") for kind in (alone, together))
     for (content, _), (content_alone, _) in zip(found, expected, strict=True):
         close(content["state_dict"], content_alone["state_dict"], 1e-5)
@@ -132,7 +132,13 @@ def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path)
     rule, inner = STEP_SIZES[name]
 
     def make(place: int) -> MetaLearner:
-        return sine(3, rule, inner((0.02, 0.005)[place]), recorded=recorded, outer_optimizer=outer((0.3, 0.1)[place]))
+        return sine(
+            3,
+            rule,
+            inner((0.02, 0.005)[place]),
+            execution={"traced": recorded},
+            outer={"optimizer": outer((0.3, 0.1)[place])},
+        )
 
     assert_equal(make, sines, tmp_path, 1e-12)
 
@@ -140,18 +146,18 @@ def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path)
 @pytest.mark.parametrize(
     ("model", "data"),
     [
-        ({"tasks_per_chunk": 2}, {}),
-        ({"tasks_per_chunk": 3, "inner_state": "reset"}, {}),
-        ({"vectorize": False}, {}),
+        ({"execution": {"tasks_per_chunk": 2}}, {}),
+        ({"execution": {"tasks_per_chunk": 3}, "inner_state": "reset"}, {}),
+        ({"execution": {"vectorize": False}}, {}),
         ({}, {"num_workers": 2}),
     ],
 )
 def test_how_it_is_computed_does_not_matter(model: dict[str, Any], data: dict[str, Any], tmp_path: Path) -> None:
     def make(place: int, **settings: Any) -> MetaLearner:
-        return sine(SEEDS[place], inner=SGD((0.02, 0.01)[place], momentum=0.5), recorded=False, **settings)
+        return plain(SEEDS[place], inner=SGD((0.02, 0.01)[place], momentum=0.5), **settings)
 
-    plain = {key: value for key, value in model.items() if key == "inner_state"}
-    expected = alone(lambda place: make(place, **plain), sines, tmp_path)
+    same = {key: value for key, value in model.items() if key == "inner_state"}
+    expected = alone(lambda place: make(place, **same), sines, tmp_path)
     found = together(lambda place: make(place, **model), lambda **seed: sines(**data, **seed), tmp_path)
     for (content, results), (content_alone, results_alone) in zip(found, expected, strict=True):
         close(content, content_alone, 1e-12)
@@ -160,7 +166,7 @@ def test_how_it_is_computed_does_not_matter(model: dict[str, Any], data: dict[st
 
 def in_processes(world: int, folder: Path) -> None:
     settings = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
-    make = lambda place: sine(SEEDS[place], QueryFOMAML(), SGD((0.02, 0.01)[place], momentum=0.9), recorded=False)  # noqa: E731
+    make = lambda place: plain(SEEDS[place], rule=QueryFOMAML(), inner=SGD((0.02, 0.01)[place], momentum=0.9))  # noqa: E731
     found = together(make, sines, folder, **settings)
     torch.save(found, folder / f"found{world}.pt")
 

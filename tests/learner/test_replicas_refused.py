@@ -53,10 +53,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [sine(0), sine(1, QueryFOMAML(), adapt=["layers.1.*"])],
         "^model.adapt does not work with replicas",
     ),
-    "cuda graph": (lambda: [sine(0, cuda_graph=True), sine(1)], "^model.cuda_graph does not work with replicas yet"),
+    "cuda graph": (
+        lambda: [sine(0, execution={"cuda_graph": True}), sine(1)],
+        "^model.execution.cuda_graph does not work with replicas yet",
+    ),
     "skipping": (
-        lambda: [sine(0), sine(1, on_nonfinite="skip_task")],
-        "^model.on_nonfinite=skip_task does not work with replicas",
+        lambda: [sine(0), sine(1, outer={"on_nonfinite": "skip_task"})],
+        "^model.outer.on_nonfinite=skip_task does not work with replicas",
     ),
     "noise": (lambda: [sine(0, inner=SGLD()), sine(1, inner=SGLD())], "^SGLD draws noise by episode, .*one by one"),
     "frozen": (lambda: [sine(0), frozen(1)], "^replicas learn all parameters, but layers.1.bias is frozen"),
@@ -88,15 +91,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "twice": (lambda: [sine(0)] * 2, "^two replicas share parameters: give each learner a network of its own"),
 } | {
-    name: (lambda name=name, value=value: [sine(0), sine(1, **{name: value})], f"^replica 1 has another {name} than")
-    for name, value in {
-        "inner_steps": 2,
-        "inner_batch_size": 4,
-        "inner_replacement": True,
-        "inner_state": "reset",
-        "eval_inner_steps": 3,
-        "eval_inner_batch_size": 4,
-    }.items()
+    f"{name}={value}": (
+        lambda name=name, value=value: [sine(0), sine(1, **{name: value})],
+        f"^replica 1 has another {attribute} than",
+    )
+    for name, attribute, value in (
+        ("train", "train_schedule", {"steps": 2}),
+        ("train", "train_schedule", {"batch_size": 4}),
+        ("train", "train_schedule", {"replacement": True}),
+        ("inner_state", "inner_state", "reset"),
+        ("eval", "eval_schedule", {"steps": 3}),
+        ("eval", "eval_schedule", {"batch_size": 4}),
+    )
 }
 
 

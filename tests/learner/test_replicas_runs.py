@@ -59,7 +59,7 @@ def test_the_runs_log_has_means_over_the_replicas(tmp_path: Path) -> None:
 
 
 def test_each_has_a_picture_of_a_task(tmp_path: Path) -> None:
-    learners = [conv(seed, Reptile(), SGD(0.05), recorded=False) for seed in SEEDS]
+    learners = [conv(seed, Reptile(), SGD(0.05), execution={"traced": False}) for seed in SEEDS]
     run = trainer(2, default_root_dir=tmp_path, callbacks=[EpisodeGrid()], val_check_interval=2)
     run.fit(Replicas(learners), datamodule=ReplicatedDataModule(blobs(), SEEDS))
     pictures = [(tmp_path / f"replica_{place}" / "episode.png").read_bytes() for place in range(2)]
@@ -95,7 +95,7 @@ def jumping(seed: int, at: int | None) -> MetaLearner:
     return plain(
         seed,
         inner=SGD(0.02, momentum=0.5),
-        outer_schedule=lambda o: LambdaLR(o, lambda step: 1e30 if step == at else 1.0),
+        outer={"schedule": lambda o: LambdaLR(o, lambda step: 1e30 if step == at else 1.0)},
     )
 
 

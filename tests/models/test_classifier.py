@@ -13,6 +13,7 @@ from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
 from fomal.models import MLP, Classifier, Conv4, ResNet12, find_head, mean_rows, resize_head
 from fomal.models.classifier import _StochasticDepth
 from fomal.models.norm import use_batch_statistics
@@ -226,9 +227,8 @@ def test_a_meta_iteration_moves_a_resnet18_as_a_loop_over_tasks_does(caplog):
             classifier("resnet18").double(),
             Reptile(),
             SGD(0.01),
-            inner_steps=1,
-            inner_batch_size=3,
-            vectorize=vectorize,
+            train=InnerSchedule(1, 3),
+            execution=Execution(vectorize=vectorize),
         )
         before = {name: value.clone() for name, value in learner.initialisation().items()}
         data = Colours(ways=3, shots=1, train_shots=1, meta_batch_size=2)

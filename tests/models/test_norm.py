@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from fomal.inner import SGD
 from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
 from fomal.models import BatchNorm
 from fomal.models.norm import has_batch_norm, other_norms, use_batch_statistics
 from fomal.outer import Reptile
@@ -39,7 +40,7 @@ def with_norm(norm: nn.Module) -> nn.Module:
 
 
 def learner(network: nn.Module, **settings: Any) -> MetaLearner:
-    return MetaLearner(network.double(), Reptile(), SGD(0.1), eval_inner_steps=2, **settings)
+    return MetaLearner(network.double(), Reptile(), SGD(0.1), eval=InnerSchedule(2, 5), **settings)
 
 
 @pytest.mark.parametrize("norm", [Own(4, track_running_stats=False), Same(4, track_running_stats=False)])
@@ -48,7 +49,7 @@ def test_a_subclass_keeps_its_forward_and_its_parameters(norm: nn.BatchNorm2d, r
     own = learner(network)
     assert network[1] is norm
     found = own.evaluate(classification_episode())
-    looped = learner(network, vectorize=False).evaluate(classification_episode())
+    looped = learner(network, execution=Execution(vectorize=False)).evaluate(classification_episode())
     torch.testing.assert_close(found.logits, looped.logits, rtol=1e-9, atol=1e-11)
     assert own.objective.vectorize
     if isinstance(norm, Own):
@@ -144,7 +145,7 @@ class Tokens(nn.Module):
 def test_token_ids_reach_the_network_as_they_are(dtype: torch.dtype, recorded: bool) -> None:
     torch.manual_seed(0)
     network = Tokens().to(dtype)
-    made = MetaLearner(network, Reptile(), SGD(0.1), eval_inner_steps=1, eval_inner_batch_size=3, recorded=recorded)
+    made = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 3), execution=Execution(traced=recorded))
     x = torch.tensor([[30001, 29952], [7, 30003], [39999, 2]])[None]
     y = torch.arange(3)[None]
     found = made.evaluate(Episode(x, y, x, y, torch.zeros(1, dtype=torch.int64), 3)).logits[0]

@@ -42,7 +42,10 @@ def compiled_in_place() -> nn.Module:
         (lambda: flat(nn.Linear(81, 4), nn.LazyBatchNorm1d(affine=False)), "'2.running_mean' of model.network has no"),
         (lambda: torch.jit.script(flat(nn.Linear(81, 3))), "scripted or traced by torch.jit.* give the module that it"),
         (lambda: flat(torch.jit.script(nn.Linear(81, 3))), "'1' in model.network is a RecursiveScriptModule, scripted"),
-        (lambda: torch.compile(flat(nn.Linear(81, 3))), "compiled by torch.compile already.* model.compiled: true"),
+        (
+            lambda: torch.compile(flat(nn.Linear(81, 3))),
+            "compiled by torch.compile already.* model.execution.compiled: true",
+        ),
         (compiled_in_place, "'1' in model.network is a Linear, compiled by torch.compile already"),
         (lambda: nn.DataParallel(flat(nn.Linear(81, 3))), "is a DataParallel: give the module within, and trainer.dev"),
         (lambda: nn.BatchNorm1d(3), "the network is a BatchNorm1d itself.* use fomal.models.BatchNorm, or put it into"),

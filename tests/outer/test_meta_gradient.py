@@ -17,6 +17,7 @@ from fomal.engine.chunking import Chunks
 from fomal.inner import SGD, SGLD, Adam
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.outer.meta_gradient import bad_tasks, meta_gradient
+from tests.helpers.groups import merged
 from tests.helpers.learners import Blobs, assert_same, blob_learner, sine_learner, trainer, weights
 from tests.helpers.poisoned import Poisoned
 from tests.helpers.processes import Group
@@ -37,7 +38,7 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
 
 SINE = [(rule, SGD(0.01), {}) for rule in (Reptile(), FOMAML(), QueryFOMAML(), BinomialMAML(2))]
 SINE += [(rule, SGD(0.01, momentum=0.9), {"adapt": ["*.bias"]}) for rule in (QueryFOMAML(), MAML())]
-SINE += [(Reptile(), SGLD(0.01, temperature=0.1), {}), (MAML(), SGD(0.01), {"vectorize": False})]
+SINE += [(Reptile(), SGLD(0.01, temperature=0.1), {}), (MAML(), SGD(0.01), {"execution": {"vectorize": False}})]
 MOMENTS = Adam(0.01, beta1=0.5, eps_root=1e-4)
 BOTH = [(rule, MOMENTS, {}) for rule in (FOMAML(tail_shots=2), MAML(), TruncatedMAML(2), StepCombination([0, 1, 2]))]
 CASES = [(sine_learner, *case) for case in SINE + BOTH] + [(blob_learner, *case) for case in BOTH]
@@ -49,7 +50,7 @@ def test_chunks_give_what_all_tasks_at_once_give(
     make: Any, rule: Any, optimizer: Any, settings: Any, dtype: Any, tolerance: float
 ) -> None:
     """From a carried state, which the second meta-batch starts from."""
-    learner = make(rule, optimizer, **{"vectorize": True, **settings}).to(dtype)
+    learner = make(rule, optimizer, **merged({"execution": {"vectorize": True}}, settings)).to(dtype)
     data: Any = SinusoidDataModule(train_query_shots=5) if make is sine_learner else Blobs(train_query_shots=2)
     data.setup("fit")
     inner = prepared(learner, data, range(5))
@@ -86,7 +87,7 @@ def test_a_run_in_chunks_is_the_run(make: Any) -> None:
     """Training, validation and test."""
     found: list[Any] = []
     for size in (None, 4, 3):
-        learner = make(QueryFOMAML(), SGD(0.05, momentum=0.5), tasks_per_chunk=size)
+        learner = make(QueryFOMAML(), SGD(0.05, momentum=0.5), execution={"tasks_per_chunk": size})
         settings = {"meta_batch_size": 4, "train_query_shots": 2, "val_tasks": 4, "test_tasks": 5}
         data: Any = SinusoidDataModule(**settings) if make is sine_learner else Blobs(**settings)
         run = trainer(3, precision="64-true", val_check_interval=1)
@@ -130,7 +131,7 @@ def test_finite_tasks_are_run_once() -> None:
             calls.append(1)
             return super().__call__(*args)
 
-    learner = sine_learner(Counting(), tasks_per_chunk=4)
+    learner = sine_learner(Counting(), execution={"tasks_per_chunk": 4})
     trainer(3).fit(learner, datamodule=Poisoned(set()))
     assert len(calls) == 3
 
@@ -146,7 +147,7 @@ def test_such_a_task_ends_the_run_by_its_number_before_the_weights_move(rule: An
 
     message = (
         r"^meta-iteration 3: the support_y of training episode 9, 10 is not finite: mend the data, or leave such tasks "
-        r"out with model.on_nonfinite: skip_task\.$"
+        r"out with model.outer.on_nonfinite: skip_task\.$"
     )
     with pytest.raises(FloatingPointError, match=message):
         trainer(5, callbacks=[Look()]).fit(learner, datamodule=Poisoned({9, 10}))
@@ -178,7 +179,7 @@ def test_nothing_is_saved_while_such_a_value_is_unseen(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no task of its meta-batch is finite")
 def test_skipped_tasks_are_counted_and_a_meta_batch_of_them_moves_nothing(tmp_path: Path) -> None:
-    learner = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task", outer_optimizer=momentum)
+    learner = sine_learner(inner=Adam(0.01), outer={"on_nonfinite": "skip_task", "optimizer": momentum})
     logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="run")
     seen: list[Any] = []
 
@@ -200,7 +201,7 @@ def test_skipped_tasks_are_counted_and_a_meta_batch_of_them_moves_nothing(tmp_pa
         assert not torch.equal(value, weights(learner)[name])
     assert seen[3][1] is seen[2][1]
     run.save_checkpoint(tmp_path / "c.ckpt")
-    rest = sine_learner(inner=Adam(0.01), on_nonfinite="skip_task", outer_optimizer=momentum)
+    rest = sine_learner(inner=Adam(0.01), outer={"on_nonfinite": "skip_task", "optimizer": momentum})
     trainer(4).fit(rest, datamodule=data, ckpt_path=tmp_path / "c.ckpt")
     assert rest.skipped_tasks == 5
 
@@ -212,7 +213,7 @@ def momentum(params: Any) -> torch.optim.Optimizer:
 def train_poisoned(folder: Path) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     chunk = 1 if world > 1 else None
-    learner = sine_learner(MAML(), SGD(0.01), on_nonfinite="skip_task", tasks_per_chunk=chunk)
+    learner = sine_learner(MAML(), SGD(0.01), outer={"on_nonfinite": "skip_task"}, execution={"tasks_per_chunk": chunk})
     run = trainer(3, devices=world, strategy="ddp" if world > 1 else "auto", precision="64-true")
     run.fit(learner, datamodule=Poisoned({1, 3, 6, 8, 9, 10, 11}))
     torch.save((weights(learner), learner.skipped_tasks), folder / f"{world}-{os.environ.get('RANK', 0)}.pt")
@@ -257,7 +258,7 @@ def test_a_gpu_is_looked_at_every_ten_meta_iterations() -> None:
     with pytest.raises(FloatingPointError, match="^meta-iteration 10: .* in a meta-iteration shortly before is not"):
         trainer(30, accelerator="gpu", devices=1, callbacks=[Look()]).fit(sine_learner(), datamodule=Poisoned({9}))
     assert len(reached) == 10
-    learner = sine_learner(on_nonfinite="skip_task")
+    learner = sine_learner(outer={"on_nonfinite": "skip_task"})
     trainer(30, accelerator="gpu", devices=1).fit(learner, datamodule=Poisoned({9, 10}))
     assert learner.skipped_tasks == 2
     assert all(value.isfinite().all() for value in weights(learner).values())

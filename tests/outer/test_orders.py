@@ -139,7 +139,7 @@ def test_on_a_convex_problem_the_error_falls_with_the_order_and_the_binomials_is
 @pytest.mark.parametrize(
     ("rule", "optimizer", "message"),
     [
-        (TruncatedMAML(5), SGD(), r"order=5 must be from 0 .* to inner_steps=4 .*change one of the two"),
+        (TruncatedMAML(5), SGD(), r"order=5 must be from 0 .* to model.train.steps=4 .*change one"),
         (BinomialMAML(-1), SGD(), r"order=-1 must be from 0"),
         (TruncatedMAML(1), Adam(), "TruncatedMAML differentiates through Adam.*use inner SGD"),
         (BinomialMAML(1), Adam(eps_root=1e-8), "inner_optimizer is Adam: use fomal.inner.SGD"),

@@ -17,7 +17,7 @@ def test_a_run_is_read_with_its_settings_curve_and_results(tmp_path: Path) -> No
     run = make_run(tmp_path / "a", config(rule="FOMAML", tail_shots=2))
     assert run.settings["model.rule"] == "FOMAML"
     assert run.settings["model.rule.tail_shots"] == 2
-    assert run.settings["model.inner_steps"] == 5
+    assert run.settings["model.train.steps"] == 5
     assert run.settings["trainer.max_steps"] == 200
     assert run.curves == {"accuracy": [(100, 0.5, 0.02), (200, 0.6, 0.01)]}
     assert run.final == {"accuracy": (0.7, 0.03)}
@@ -86,9 +86,9 @@ def test_labels_are_the_settings_that_differ(tmp_path: Path) -> None:
         make_run(tmp_path / "c", config(seed=2, rule="FOMAML", tail_shots=2)),
     ]
     assert [method.label for method in methods(runs)] == [
-        "Reptile, inner_steps=5",
-        "Reptile, inner_steps=10",
-        "FOMAML, inner_steps=5",
+        "Reptile, steps=5",
+        "Reptile, steps=10",
+        "FOMAML, steps=5",
     ]
     assert [method.label for method in methods(runs[1:])] == ["Reptile", "FOMAML"]  # that is enough
     assert [method.label for method in methods(runs[:1])] == ["Reptile"]  # nothing differs
@@ -113,7 +113,7 @@ def test_labels_are_no_longer_than_they_need_be(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(i), one) for i, one in enumerate(settings)]
     assert [method.label for method in methods(runs)] == ["Reptile", "FOMAML"]
     differing = differing_settings([[run] for run in runs])
-    assert set(differing) == {"model.rule", "model.rule.tail_shots", "model.inner_steps"}
+    assert set(differing) == {"model.rule", "model.rule.tail_shots", "model.train.steps"}
 
 
 def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,11 @@ import torch
 import yaml
 
 from fomal.cli import main
-from fomal.learner.meta_learner import MetaLearner
+from fomal.inner import Adam
+from fomal.learner.meta_learner import GROUPS, MetaLearner
+from fomal.learner.settings import Execution, InnerSchedule
+from fomal.models import MLP
+from fomal.outer import Reptile
 from fomal.plots.runs import read_run
 from fomal.run.moved import MOVED, REMOVED, current, refusal
 from tests.helpers.sine import tiny_model
@@ -25,18 +32,13 @@ MODEL = {
     "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
     "rule": {"class_path": "fomal.outer.Reptile"},
     "inner_optimizer": {"class_path": "fomal.inner.Adam", "init_args": {"lr": 0.01}},
-    "outer_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.5}},
-    "outer_final": 0.1,
-    "inner_steps": 3,
-    "inner_batch_size": 4,
-    "inner_replacement": True,
-    "eval_inner_steps": 6,
-    "eval_inner_batch_size": 7,
-    "vectorize": True,
-    "recorded": False,
-    "tasks_per_chunk": 2,
-    "outer_clip_val": 10.0,
-    "outer_clip_algorithm": "value",
+    "outer": {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.5}},
+        **{"final": 0.1, "clip_val": 10.0, "clip_algorithm": "value"},
+    },
+    "train": {"steps": 3, "batch_size": 4, "replacement": True},
+    "eval": {"steps": 6, "batch_size": 7, "replacement": True},
+    "execution": {"vectorize": True, "traced": False, "tasks_per_chunk": 2},
 }
 """Its model, in the settings of today."""
 
@@ -84,7 +86,48 @@ def test_an_older_checkpoint_goes_on_to_where_a_run_of_today_ends(
 
 def test_a_learner_is_made_of_an_older_checkpoint() -> None:
     learner = MetaLearner.load_from_checkpoint(FORMAT_1)
+    assert (learner.train_schedule, learner.eval_schedule) == (InnerSchedule(3, 4, True), InnerSchedule(6, 7, True))
+    assert learner.execution == Execution(vectorize=True, traced=False, tasks_per_chunk=2)
+    assert (learner.outer.final, learner.outer.clip_val, learner.outer.clip_algorithm) == (0.1, 10.0, "value")
     assert not refusal(f"model.{name}" for name in learner.config["model"])
+
+
+def test_the_settings_of_an_older_checkpoint_made_in_python_are_read(tmp_path: Path) -> None:
+    content = torch.load(FORMAT_1, weights_only=True)
+    content["fomal"]["config"] = {}
+    torch.save(content, tmp_path / "old.ckpt")
+    objects = {"network": MLP(hidden=[4]), "rule": Reptile(), "inner_optimizer": Adam(0.01)}
+    learner = MetaLearner.load_from_checkpoint(tmp_path / "old.ckpt", **objects)
+    assert (learner.train_schedule, learner.eval_schedule) == (InnerSchedule(3, 4, True), InnerSchedule(6, 7, True))
+    assert (learner.outer.final, learner.outer.clip_val, learner.outer.clip_algorithm) == (0.1, 10.0, "value")
+    kept = learner._kept()
+    assert kept["outer"] == {
+        **{"final": 0.1, "clip_val": 10.0, "clip_algorithm": "value", "parameters": "all", "on_nonfinite": "raise"}
+    }
+    with pytest.raises(TypeError, match=r"^model.inner_steps is now model.train.steps\.$"):
+        MetaLearner.load_from_checkpoint(tmp_path / "old.ckpt", **objects, inner_steps=3)
+    del content["fomal"]["settings"]
+    torch.save(content, tmp_path / "older.ckpt")
+    learner = MetaLearner.load_from_checkpoint(tmp_path / "older.ckpt", **objects)
+    assert (learner.train_schedule, learner.eval_schedule) == (InnerSchedule(5, 10), InnerSchedule(50, 5))
+
+
+def test_a_schedule_does_not_take_the_place_of_a_method() -> None:
+    learner = MetaLearner(MLP(), Reptile(), Adam())
+    with pytest.raises(AttributeError, match=r"^eval is a method of modules: set eval_schedule instead\.$"):
+        learner.eval = InnerSchedule(10, 5)
+    assert learner.eval() is learner
+
+
+@pytest.mark.parametrize("old", [*MOVED, *REMOVED])
+def test_arguments_and_attributes_are_refused_in_python(old: str) -> None:
+    said = "^" + re.escape(refusal([old])) + r"\.$"
+    name = old.removeprefix("model.")
+    with pytest.raises(TypeError, match=said):
+        MetaLearner(MLP(), Reptile(), Adam(), **{name: 1})
+    learner = MetaLearner(MLP(), Reptile(), Adam())
+    with pytest.raises(AttributeError, match=said):
+        setattr(learner, name, 1)
 
 
 def test_ones_own_are_refused_all_at_once(tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -97,6 +140,13 @@ def test_ones_own_are_refused_all_at_once(tmp_path: Path, fails: Callable[..., s
     assert fails("fit", "--config", good, "--model.meta_iterations_per_step", "5") == said
     assert fails("fit", "--config", good, "--model", str(tmp_path / "part.yaml")) == said
     assert fails("test", "--ckpt_path", str(FORMAT_1), "--model.meta_iterations_per_step=5") == said
+    assert fails("fit", "--config", good, "--model.inner_steps=5", "--model.outer_optimizer.lr=1") == (
+        "model.inner_steps is now model.train.steps; model.outer_optimizer is now model.outer.optimizer."
+    )
+    replicas = "--replicas=[{model.outer_optimizer.lr: 1.0}, {}]"
+    assert fails("fit", "--config", good, replicas, code=1) == (
+        "replicas: model.outer_optimizer is now model.outer.optimizer."
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["part.yaml"]
 
 
@@ -104,11 +154,23 @@ def test_a_stored_configuration_gets_the_keys_of_today() -> None:
     stored = {"model": {"meta_iterations_per_step": 5, "adapt": ["*"]}, "data": {"class_path": "x"}}
     assert current(stored) == {"model": {"adapt": ["*"]}, "data": {"class_path": "x"}}
     assert stored["model"]["meta_iterations_per_step"] == 5
+    stored["model"] = {"inner_replacement": True, "train": {"steps": 3}}
+    stored["replicas"] = [
+        {"model.outer_optimizer.lr": 0.1},
+        {"seed_everything": 1, "model.meta_iterations_per_step": 2},
+    ]
+    found = current(stored)
+    assert found["model"] == {"train": {"steps": 3, "replacement": True}, "eval": {"replacement": True}}
+    assert found["replicas"] == [{"model.outer.optimizer.lr": 0.1}, {"seed_everything": 1}]
+    assert stored["model"]["train"] == {"steps": 3}
+    assert current({"model": {"inner_steps": 3, "train": "x.yaml"}}) == {"model": {"train": "x.yaml"}}
     assert current({}) == {}
     assert current({"model": 3, "replicas": 3}) == {"model": 3, "replicas": 3}  # which others refuse
 
 
-def test_no_key_of_today_is_in_the_table() -> None:
-    names = {f"model.{name}" for name in MetaLearner.__init__.__annotations__}
-    assert not names & {*MOVED, *REMOVED}
-    assert {new.split(".")[1] for news in MOVED.values() for new in news} <= {name[6:] for name in names}
+def test_the_table_leads_to_settings_of_today() -> None:
+    names = {f"model.{name}" for name in signature(MetaLearner.__init__).parameters}
+    groups = {f"model.{name}.{field.name}" for name, group in GROUPS.items() for field in fields(group)}
+    assert not (names | groups) & {*MOVED, *REMOVED}
+    assert {new for news in MOVED.values() for new in news} == groups
+    assert len(names) <= 12 + 1  # and self

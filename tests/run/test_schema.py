@@ -32,9 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "network": {"class_path": "fomal.models.MLP", "init_args": {"hidden": [4]}},
             "rule": {"class_path": "fomal.outer.Reptile"},
             "inner_optimizer": {"class_path": "fomal.inner.Adam"},
-            "outer_optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
-            "inner_steps": 2,
-            "eval_inner_steps": 2,
+            "outer": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}},
+            "train": {"steps": 2},
+            "eval": {"steps": 2},
         },
         "data": {"class_path": "fomal.data.SinusoidDataModule", "init_args": {"meta_batch_size": 2, "test_tasks": 4}},
         "trainer": {
@@ -107,7 +107,7 @@ WRONG: list[tuple[Callable[[Content], None], str]] = [
     (drop("fomal"), "is not a checkpoint of fomal"),
     (put("fomal", None), "its fomal is null, not a mapping"),
     (put("fomal", [1]), "its fomal is a list, not a mapping"),
-    (put("fomal/format", 2), "has format 2, and this version of fomal, .*, reads formats up to 1: install a newer"),
+    (put("fomal/format", 3), "has format 3, and this version of fomal, .*, reads formats up to 2: install a newer"),
     (put("fomal/format", 10**80), "has format a huge integer, and this version"),
     (put("fomal/format", "1"), "its fomal.format is 1, not an integer"),
     (put("fomal/format", True), "its fomal.format is true, not an integer"),
@@ -124,7 +124,8 @@ WRONG: list[tuple[Callable[[Content], None], str]] = [
     (put(f"{MODEL}/network/class_path", 3), "its fomal.config.model.network.class_path is 3, not a text"),
     (put(f"{MODEL}/network/init_args", [3]), "its fomal.config.model.network.init_args is a list"),
     (put(f"{MODEL}/network/init_args/hidden", torch.ones(2)), r"hidden is \(2,\) float32, not a plain value"),
-    (put(f"{MODEL}/inner_steps", {3}), "inner_steps is a set, not a plain value"),
+    (put(f"{MODEL}/train/steps", {3}), "train.steps is a set, not a plain value"),
+    (put(f"{MODEL}/train", "other.yaml"), "its fomal.config.model.train is other.yaml, not a mapping"),
     (put(f"{MODEL}/{{3: 4}}", {3: 4}), "key is 3, not a text"),
     (put("fomal/config/more", circle()), "its fomal.config is nested without end"),
     (put("fomal/config/more", laughs()), "its fomal.config is nested without end"),
@@ -195,7 +196,7 @@ def test_other_content_is_none_of_fomals(content: Any) -> None:
 
 
 def test_a_checkpoint_without_a_number_has_the_first_format(content: Content, tmp_path: Path) -> None:
-    assert content["fomal"].pop("format") == 1
+    assert content["fomal"].pop("format") == 2
     torch.save(content, tmp_path / "old.ckpt")
     assert read_checkpoint(tmp_path / "old.ckpt")["global_step"] == 3
     assert main(["test", "--ckpt_path", str(tmp_path / "old.ckpt"), "--trainer.logger=false"]).model.carried

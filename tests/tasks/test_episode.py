@@ -158,14 +158,14 @@ def batches(kind):
     ],
 )
 def test_a_mistake_in_any_batch_of_a_users_loader_is_named(kind, message):
-    learner = blob_learner(QueryFOMAML(), SGD(0.1), inner_steps=1)
+    learner = blob_learner(QueryFOMAML(), SGD(0.1), train={"steps": 1})
     with pytest.raises(ValueError, match=message):
         trainer(2).fit(learner, torch.utils.data.DataLoader(batches(kind), batch_size=None))
     assert learner.global_step == 1
 
 
 def test_a_mistake_in_an_evaluation_is_named():
-    learner = blob_learner(Reptile(), SGD(0.1), eval_inner_steps=1)
+    learner = blob_learner(Reptile(), SGD(0.1), eval={"steps": 1})
     sound, wrong = batches("label")
     assert learner.evaluate(sound).logits.shape == (2, 6, 3)
     with pytest.raises(ValueError, match="^Episode.support_y has the label 3 in training episode 5"):

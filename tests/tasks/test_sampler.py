@@ -51,7 +51,7 @@ def test_replacement_draws_each_batch_alone_and_without_repeats_inside():
 
 
 def test_replacement_refuses_batches_larger_than_the_task():
-    with pytest.raises(ValueError, match=r"inner_batch_size=11 exceeds the 10 support examples.*inner_replacement"):
+    with pytest.raises(ValueError, match=r"batch_size=11 exceeds the 10 support examples.*replacement"):
         minibatch_plan(0, 0, NUMBER, 10, 2, 11, replacement=True)
 
 
