@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from fomal.data import SinusoidDataModule
 from fomal.learner.meta_learner import MetaLearner
 from tests.helpers.learners import sine_learner, trainer, weights
+from tests.helpers.processes import Group
 from tests.helpers.resume import same
 
 
@@ -68,6 +70,30 @@ def test_tasks_go_on_over_epochs_and_a_resumed_run_sees_the_same(
 
 def test_epochs_change_nothing_but_their_number() -> None:
     same(weights(fit(Seen(), limit_train_batches=4)), weights(fit(Seen())))
+
+
+def in_processes(world: int, folder: Path) -> None:
+    """Three epochs of four meta-iterations, whole, and once more, stopped in the midst of the second and gone on."""
+    several = {"devices": world, "strategy": "ddp"} if world > 1 else {}
+    settings = {"limit_train_batches": 4, "max_epochs": 3, "steps": -1, "precision": "64-true", **several}
+    whole = weights(fit(seen := Seen(), **settings))
+    fit(part := Seen(folder / f"{world}.ckpt", 6, ends=True), **settings)
+    resumed = weights(fit(rest := Seen(), ckpt_path=folder / f"{world}.ckpt", **settings))
+    found = {"whole": whole, "resumed": resumed, "seen": seen.batches, "parts": [part.batches, rest.batches]}
+    torch.save(found, folder / f"{world}-{os.environ.get('RANK', 0)}.pt")
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    group = Group(2, in_processes, 2, tmp_path, out=tmp_path)
+    in_processes(1, tmp_path)
+    assert group.wait(100) == [0, 0], group.said()
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for found in (one, *two):
+        assert found["seen"] == list(range(12))  # the meta-batches that each has a part of
+        assert found["parts"] == [list(range(6)), list(range(6, 12))]
+        same(found["resumed"], found["whole"])
+        for name, value in found["whole"].items():
+            torch.testing.assert_close(value, one["whole"][name], rtol=1e-12, atol=1e-13)
 
 
 def test_only_overfit_batches_repeats(tmp_path: Path) -> None:

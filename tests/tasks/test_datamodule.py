@@ -8,6 +8,7 @@ import torch
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.tasks.datamodule import EpisodeStream
 from fomal.tasks.episode import Numbers
+from tests.helpers.learners import sine_learner, trainer
 
 
 def numbers(loader, batches):
@@ -99,3 +100,38 @@ def test_worker_processes_may_be_spawned(monkeypatch):
     assert stream.data.trainer is None
     assert numbers(stream, 2) == [[6, 7], [8, 9]]
     assert data.trainer is not None
+
+
+def test_tasks_that_do_not_fit_the_memory_are_refused_before_they_are_drawn(monkeypatch):
+    class Images(SinusoidDataModule):
+        """Of two classes and 10 values each."""
+
+        def network_sizes(self):
+            return {"ways": 2, "in_features": 10}
+
+        def episodes(self, split, number):
+            raise AssertionError("tasks were drawn")
+
+    # Two classes of 3 + 2 training and 1 + 4 evaluation examples, with 10 values of 4 bytes each.
+    sizes = {"train_shots": 3, "train_query_shots": 2, "shots": 1, "query_shots": 4}
+    data = Images(**sizes, meta_batch_size=6, eval_tasks_per_batch=7)
+    monkeypatch.setattr("fomal.utils.checks.machine_bytes", lambda: 2800)
+    data.check_memory(["train", "val", "test"])
+    monkeypatch.setattr("fomal.utils.checks.machine_bytes", lambda: 2799)
+    data.check_memory(["train"])
+    said = "data.ways=2, data.shots=1, data.query_shots=4, data.eval_tasks_per_batch=7: a batch of the val split would"
+    with pytest.raises(ValueError, match=f"^{said} take 2.8e-06 GB, and this machine has 2.8e-06: use less"):
+        data.check_memory(["train", "val"])
+    monkeypatch.setattr("fomal.utils.checks.machine_bytes", lambda: 2399)
+    said = "data.ways=2, data.train_shots=3, data.train_query_shots=2, data.meta_batch_size=6: a batch of the train"
+    with pytest.raises(ValueError, match=said):
+        data.check_memory(["train"])
+    with pytest.raises(ValueError, match=said):  # where a run begins
+        trainer().fit(sine_learner(), datamodule=data)
+
+
+def test_data_of_unknown_sizes_count_one_value_for_each_example(monkeypatch):
+    monkeypatch.setattr("fomal.utils.checks.machine_bytes", lambda: 1e12)
+    SinusoidDataModule(meta_batch_size=10**6).check_memory(["train", "val"])
+    with pytest.raises(ValueError, match="data.meta_batch_size=2000000000: a batch of the train split would take"):
+        SinusoidDataModule(train_shots=1000, meta_batch_size=2 * 10**9).check_memory(["train"])
