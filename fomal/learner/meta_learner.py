@@ -507,13 +507,13 @@ class MetaLearner(RefusesMoved, L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run: precision, data, or a network that does not fit the data."""
+        if self.trainer.ckpt_path is None:
+            self.refuse_nonfinite()
         self.check_with(getattr(self.trainer, "datamodule", None), stage)
 
     def check_with(self, data: object, stage: str) -> None:
         """See `setup`; `data` is what the trainer has as datamodule."""
         check_trainer(self.trainer)
-        if self.trainer.ckpt_path is None:
-            self.refuse_nonfinite()
         same: dict[str, Any] = {"model": self.config.get("model"), "trainer.max_steps": self.trainer.max_steps}
         if stage == "fit":
             self.rule.check(self.train_schedule.steps, self.inner_optimizer)

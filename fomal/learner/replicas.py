@@ -186,9 +186,12 @@ class Replicas(L.LightningModule):
                 f"{len(self.learners)} replicas need tasks for each: give the trainer a ReplicatedDataModule with as "
                 f"many seeds."
             )
-        for learner, part in zip(self, data.parts, strict=True):
+        if self.trainer.ckpt_path is None:
+            self.refuse_nonfinite()
+        for learner in self:
             learner.trainer = self.trainer
-            learner.check_with(part, stage)
+        for place, learner in self.running():
+            learner.check_with(data.parts[place], stage)
 
     def on_train_start(self) -> None:
         """Refuse processes that go on from different checkpoints."""

@@ -219,6 +219,11 @@ def test_going_on_equals_not_stopping(
     assert message.startswith("replicas is 2 in the checkpoint, but 3 was given: leave it out, or start a new run")
     message = fails("fit", "--ckpt_path", str(last(folder / "replica_1")), "--replicas=2")
     assert message.startswith("replicas is null in the checkpoint, but 2 was given")
+    changed = torch.load(last(folder), weights_only=True)
+    changed["fomal"]["config"]["replicas"] = 10_000
+    torch.save(changed, tmp_path / "changed.ckpt")
+    message = fails("fit", "--ckpt_path", str(tmp_path / "changed.ckpt"))
+    assert message.endswith("changed.ckpt: its configuration has replicas=10000, but it has 2.")
     # One alone, in its folder; then all, which takes its log back to where they were.
     main(["fit", "--ckpt_path", str(last(folder / "replica_1"))])
     assert_as_whole(folder, runs, "replica_1")
@@ -261,6 +266,7 @@ VARIED = "use seed_everything, model.inner_optimizer.lr, model.outer.optimizer.l
     ("replicas", "message", "code"),
     [
         ("1", "replicas=1 must be 2 or more, or null for a run alone.", 1),
+        ("1000000000", "replicas=1000000000 must be at most 10000.", 1),
         ("[{}]", "replicas=[{}] has fewer than 2 entries: give more, or null for a run alone.", 1),
         ("[]", "replicas=[] has fewer than 2 entries: give more, or null for a run alone.", 1),
         (

@@ -155,3 +155,24 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
         run.fit(plain(0), datamodule=sines(), ckpt_path=tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match="^trainer.max_steps=9, but the checkpoint's run has 4"):
         trainer(9).fit(make(2), datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    replicas, data = Replicas([plain(seed) for seed in SEEDS]), ReplicatedDataModule(sines(), SEEDS)
+    fitted(replicas, data, tmp_path, steps=2)
+    before = (tmp_path / "c.ckpt").read_bytes()
+    with torch.no_grad():
+        replicas.learners[1].network.layers[1].bias[0] = value
+    message = r"replica 1.*layers\.1\.bias"
+    for use in ("fit", "validate", "test", "predict"):
+        with pytest.raises(FloatingPointError, match=message):
+            getattr(trainer(), use)(replicas, datamodule=data)
+    run = trainer()
+    run.strategy.connect(replicas)
+    with pytest.raises(FloatingPointError, match=message):
+        run.save_checkpoint(tmp_path / "c.ckpt")
+    assert (tmp_path / "c.ckpt").read_bytes() == before
+    replicas.stopped = {1: 2}  # one that has stopped is not looked at
+    with pytest.warns(UserWarning, match="task 0, 1, 2 are not finite"):
+        trainer().test(replicas, datamodule=data, verbose=False)
