@@ -15,6 +15,7 @@ from rich.table import Table
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fomal.adaptation import Adapted, Predictions
+from fomal.adaptation.folder import ABOUT, SUPPORT, WEIGHTS
 from fomal.cli.adapt import check_device
 from fomal.cli.arguments import Arguments
 from fomal.cli.compare import check_kind, save
@@ -29,7 +30,7 @@ from fomal.data.images.source import FileSource, Source, is_archive, open_source
 from fomal.data.images.store import Decoding, scan
 from fomal.plots.contact_sheet import SHOWN, contact_sheet
 from fomal.utils.checks import first_line
-from fomal.utils.files import atomic_replace, check_path, check_writable
+from fomal.utils.files import atomic_replace, check_path, check_writable, refuse_overwriting
 from fomal.utils.output import quoted, shown, tell
 from fomal.utils.terminal import PlainConsole
 
@@ -49,6 +50,7 @@ def run(verb: str, args: Sequence[str]) -> Predictions:
     settings = table_settings(given)
     model = Adapted.load(given.adapted, given.device, given.trust)
     source, lacking = _source(given.images)
+    _refuse_overwriting(given, source)
     meant, left_out = selection(given).split(source, source.images)
     tell_left_out(source.label, {**source.left_out, **left_out})
     known = _known(source, given, settings)
@@ -101,6 +103,8 @@ def _parse(verb: str, args: Sequence[str]) -> argparse.Namespace:
     check_writable("out", given.out)
     if given.sheet is not None:
         check_kind(given.sheet, "--sheet")
+        if given.sheet.absolute() == given.out.absolute():
+            raise UsageError(f"--sheet {given.sheet} is the table of --out too: give another name.")
     return given
 
 
@@ -118,6 +122,17 @@ def _source(images: Sequence[str]) -> tuple[Source, dict[str, str]]:
     gone = {*images} - {*there}
     lacking = {path: "no regular file" if Path(path).exists() else "no such file" for path in images if path in gone}
     return FileSource(there or images, "images"), lacking
+
+
+def _refuse_overwriting(given: argparse.Namespace, source: Source) -> None:
+    """Raise WriteError where what is to be written would take the place of an image, the labels or the model."""
+    read = [*given.images, *(given.labels or ()), *(given.adapted / name for name in (ABOUT, WEIGHTS, SUPPORT))]
+    if Path(given.images[0]).expanduser().is_dir():
+        root = Path(given.images[0]).expanduser()
+        read += [root / name for name in (*source.images, *(given.labels or ()))]
+    refuse_overwriting("out", given.out, read)
+    if given.sheet is not None:
+        refuse_overwriting("sheet", given.sheet, read)
 
 
 def _known(source: Source, given: argparse.Namespace, settings: TableSettings) -> dict[str, str] | None:

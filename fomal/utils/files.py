@@ -67,6 +67,12 @@ def check_writable(name: str, path: Path, folder: bool = False) -> None:
         raise WriteError(f"{name}={path} cannot be written: make {above} writable, or give another path.")
 
 
+def refuse_overwriting(name: str, path: Path, read: Iterable[str | Path]) -> None:
+    """Raise WriteError, naming the argument, where the file to be written is one of those that are read."""
+    if path.exists() and any(os.path.exists(other) and os.path.samefile(path, other) for other in read):
+        raise WriteError(f"{name}={path} is one of the files that are read: give another path.")
+
+
 def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
     """Open a regular file for reading; a fifo, a device or a socket is neither waited for nor touched.
 

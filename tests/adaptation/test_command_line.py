@@ -177,6 +177,31 @@ def test_mistakes_in_classifying(model: Path, queries: Path, tmp_path: Path, fai
         assert options[0].strip("-") in fails(*good, str(folder), *options, code=1)
 
 
+def test_what_is_read_is_not_written_over(model: Path, queries: Path, tmp_path: Path, fails: Fails) -> None:
+    folder = shutil.copytree(queries, tmp_path / "images")
+    image = next(folder.rglob("*.png"))
+    (tmp_path / "link.png").symlink_to(image)
+    (tmp_path / "labels.csv").write_text(f"file,label\n{image.relative_to(folder)},new20\n")
+    adapted = shutil.copytree(model, tmp_path / "model")
+    archive = Path(shutil.make_archive(str(tmp_path / "images"), "zip", folder))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    good = ["classify", "--adapted", str(adapted), "--labels", str(tmp_path / "labels.csv"), "--images"]
+    said = "is one of the files that are read: give another path."
+    for images, out in (
+        (folder, image),
+        (folder, tmp_path / "link.png"),
+        (image, image),
+        (archive, archive),
+        (folder, tmp_path / "labels.csv"),
+        (folder, adapted / "model.json"),
+    ):
+        assert fails(*good, str(images), "--out", str(out), code=1) == f"out={out} {said}"
+    table = str(tmp_path / "table.png")
+    assert fails(*good, str(folder), "--out", table, "--sheet", str(image), code=1) == f"sheet={image} {said}"
+    assert "is the table of --out too" in fails(*good, str(folder), "--out", table, "--sheet", table)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def spoilt(queries: Path, tmp_path: Path) -> Path:
     """The queries and two files that cannot be read."""
     folder = shutil.copytree(queries, tmp_path / "queries")
