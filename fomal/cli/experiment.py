@@ -19,10 +19,21 @@ from fomal.cli.arguments import Arguments
 from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, save, write_rows
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
-from fomal.cli.given import TRUST_HELP, Given, is_import_path, same_value, short_key, strings, with_config_paths
+from fomal.cli.given import (
+    LARGEST_SEED,
+    TRUST_HELP,
+    Given,
+    is_import_path,
+    same_value,
+    short_key,
+    strings,
+    with_config_paths,
+)
 from fomal.plots.compare import compare_figure, name_of
 from fomal.plots.runs import Method, Run, flat_settings, read_run
 from fomal.plots.sweep import sweep_figure
+from fomal.utils.checks import countable
+from fomal.utils.files import check_writable
 from fomal.utils.output import say, shown, tell
 from fomal.utils.terminal import PlainConsole
 
@@ -63,6 +74,9 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     given = parser.parse(own)
     experiment = read_experiment(given.name)
     out = given.out or Path("runs/experiments") / experiment.name
+    check_writable("out", out / "results.csv")
+    for seed in given.seeds or []:
+        countable(LARGEST_SEED, seeds=seed)
     if not (wanted := experiment.runs_named(given.only)):
         raise UsageError(f"--only {given.only}: the runs are {', '.join(planned.name for planned in experiment.runs)}.")
     failed: list[str] = []

@@ -15,6 +15,7 @@ import yaml
 
 from fomal.cli.configs import config_names, configs_dir
 from fomal.cli.errors import UsageError, did_you_mean
+from fomal.cli.given import safe_load
 from fomal.utils.files import check_path
 
 _KEYS = {"title", "base", "settings", "methods", "sweeps"}
@@ -109,7 +110,7 @@ def read_experiment(name: str) -> Experiment:
             raise UsageError(f"{name}: there is no such file and no experiment of that name{hint}")
         path = configs_dir() / "experiments" / f"{short}.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
+        content = safe_load(path.read_text(), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     _check_keys(path, "the file", content, _KEYS, {"title", "base", "methods"})

@@ -15,6 +15,9 @@ TRUST_HELP = (
     "a class path, or a package, that a file of somebody else's may use beside fomal's and torch's; may be given again"
 )
 
+LARGEST_SEED = 2**32 - 1
+"""The largest `seed_everything` that numpy takes."""
+
 _MOST = 100_000  # values of a configuration
 
 
@@ -121,13 +124,14 @@ class Given:
                 self._add_config(value)
                 self._place += 1
             elif value is not None:
-                self._add(short_key(name), loaded(value), Path())
+                self._add(short_key(name), loaded(value, f"--{name}"), Path())
 
     def _add_config(self, config: str) -> None:
         path = Path(config)
         is_file = not is_text(config) and path.is_file()
+        name = config if is_file else f"{' '.join(config.split())[:40]} ..."
         try:
-            content = _safe_load(path.read_text() if is_file else config)
+            content = safe_load(path.read_text() if is_file else config, f"--config {name}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {config} is not valid YAML: {error}") from error
         if not isinstance(content, dict):
@@ -138,8 +142,8 @@ class Given:
 
     def _add(self, key: str, value: Any, folder: Path) -> None:
         if isinstance(value, str) and _is_part(folder / value):
-            folder = (folder / value).parent
-            value = loaded((folder / Path(value).name).read_text())
+            path = folder / value
+            folder, value = path.parent, loaded(path.read_text(), str(path))
         if isinstance(value, dict):
             if "class_path" in value:
                 self._choose_class(key, value["class_path"])
@@ -164,11 +168,16 @@ class Given:
             self.values = {k: v for k, v in self.values.items() if not k.startswith(f"{key}.")}
 
 
-def _safe_load(text: str) -> Any:
+def safe_load(text: str, source: str) -> Any:
     """The content of a YAML text.
 
+    Args:
+        text: YAML.
+        source: where it is from, for messages.
+
     Raises:
-        UsageError: its aliases stand for more values than any configuration has, or for themselves.
+        UsageError: it is nested too deeply, or its aliases stand for themselves or for more values than any
+            configuration has.
         yaml.YAMLError: it is not valid.
     """
     sizes: dict[int, int] = {}  # of each node; an alias is the node it stands for
@@ -180,18 +189,20 @@ def _safe_load(text: str) -> Any:
             sizes[id(node)] = 1 + sum(sum(map(size, part)) if isinstance(part, tuple) else size(part) for part in parts)
         return sizes[id(node)]
 
-    root = yaml.compose(text, yaml.SafeLoader)
-    if root is not None and size(root) > _MOST:
-        start = text.strip().splitlines()[0][:40]
-        raise UsageError(f"the YAML that begins with {start!r} has aliases for over {_MOST} values: write fewer.")
-    return yaml.safe_load(text)
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None and size(root) > _MOST:
+            raise UsageError(f"{source} has YAML with aliases for over {_MOST} values: write fewer.")
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise UsageError(f"{source} is nested too deeply for a configuration: write fewer brackets.") from error
 
 
-def loaded(value: Any) -> Any:
+def loaded(value: Any, source: str) -> Any:
     """A value as YAML has it; a text that is none stays, since the parser says what is wrong with it."""
     if not isinstance(value, str):
         return value
     try:
-        return _safe_load(value)
+        return safe_load(value, source)
     except yaml.YAMLError:
         return value

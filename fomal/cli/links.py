@@ -33,7 +33,7 @@ def refuse_contradictions(config: Namespace, given: Given) -> None:
     for source, target in (SEED, WAYS):
         key = short_key(target)
         if key in given.values and source in config and target in config:
-            expected, value = config[source], loaded(given.values[key])
+            expected, value = config[source], loaded(given.values[key], key)
             differs = value != expected or isinstance(value, bool) != isinstance(expected, bool)
             if differs and given.place(key) >= given.place(short_key(source)):
                 raise _contradiction(key, value, f"{short_key(source)}={expected}", short_key(source))
@@ -69,7 +69,7 @@ def follow_data(config: Namespace, given: Given) -> None:
 
 def _gives_way(key: str, size: Any, config: Namespace, given: Given, ours: bool) -> bool:
     """Whether what was given as `key`, if anything, makes room for the data's size; see `follow_data`."""
-    if key not in given.values or _same(value := loaded(given.values[key]), size):
+    if key not in given.values or _same(value := loaded(given.values[key], key), size):
         return True
     decides = [name for name in given.values if name.partition(".")[0] == "data" and name[5:] not in _NO_SIZES]
     if given.place(key) < max(map(given.place, decides), default=0):

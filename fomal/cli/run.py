@@ -33,7 +33,7 @@ from fomal.cli import VERBS, checkpoint, links, resume
 from fomal.cli.configs import DEFAULT, find_config
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain, refuse_bases, what_was_raised
-from fomal.cli.given import TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
+from fomal.cli.given import LARGEST_SEED, TRUST_HELP, Given, strings, take_trust, with_config_paths, with_files_read
 from fomal.cli.help import HELP, HelpFormatter
 from fomal.cli.start import Start
 from fomal.learner.build import (
@@ -63,7 +63,6 @@ from fomal.utils.terminal import calm_lightning
 # Arguments of the trainer's methods that are not the user's: tables are printed by `ResultsFile`, and
 # predictions written by `PredictionsFile`.
 _OURS = {"verbose": False, "weights_only": True, "return_predictions": False}
-_LARGEST_SEED = 2**32 - 1  # that numpy takes
 _PRINT_FLAGS = {"skip_default": "skip_default", "skip_unset": "skip_unset", "comments": "with_comments"}
 
 
@@ -222,7 +221,7 @@ class FomalCLI(LightningCLI):
         self.config = self._parse_with_checkpoint(rest, given, Trust(trusted, set(strings(given.values))))
         links.refuse_contradictions(self.config[self.verb], given)
         if not isinstance(seed := self.config[self.verb]["seed_everything"], bool):
-            countable(_LARGEST_SEED, seed_everything=seed)
+            countable(LARGEST_SEED, seed_everything=seed)
         if prints:
             self._print_config(prints[-1].partition("=")[2])
 

@@ -139,7 +139,7 @@ def _content(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}. Test or train that run again, or leave it out.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not of a run of fomal: it holds no mapping. Leave its folder out.")

@@ -55,14 +55,16 @@ def check_checkpoint(content: Any, path: str | Path) -> None:
             f"MetaLearner."
         )
     own = content["fomal"]
-    for part in [own, *_replicas(own)]:
-        _refuse_newer(part, CHECKPOINT_FORMAT, path)
-        _rename(part)
     try:
+        for part in [own, *_replicas(own)]:
+            _refuse_newer(part, CHECKPOINT_FORMAT, path)
+            _rename(part)
         _CHECKPOINT(content, "")
         _check_steps(content)
     except Mismatch as error:
         raise ValueError(f"{path} is no whole checkpoint: {error}. Use another one, e.g. an earlier one.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no whole checkpoint: it is nested without end. Use another one.") from error
 
 
 def check_model(about: Any, path: str | Path) -> None:

@@ -226,6 +226,23 @@ def test_aliases_are_not_expanded_without_end(option: str, bomb: bool, tmp_path:
     assert "aliases for over" in fails("test", option, str(path))
 
 
+@pytest.mark.parametrize("brackets", ["[" * 10_000, "{a: " * 10_000])
+def test_what_is_nested_without_end_is_named(brackets: str, tmp_path: Path, fails) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text(f"model: {brackets}")
+    said = "is nested too deeply for a configuration"
+    assert fails("fit", "--config", str(path)).startswith(f"--config {path} {said}")
+    assert fails("fit", "--data", str(path)).startswith(f"{path} {said}")
+    assert fails("fit", "--config", f"{{model: {brackets}").startswith(f"--config {{model: {brackets[:10]}")
+    assert fails("fit", "--model.network", brackets).startswith(f"--model.network {said}")
+    assert fails("experiment", str(path)).startswith(f"{path} {said}")
+    path.rename(tmp_path / "config.yaml")
+    (tmp_path / "results.json").write_text("{}")
+    assert fails("compare", str(tmp_path), "--out", str(tmp_path / "f.png"), code=1).startswith(
+        f"{tmp_path / 'config.yaml'} is damaged: "
+    )
+
+
 def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
     assert "expected one argument" in fails("fit", "--config")
 

@@ -352,13 +352,22 @@ def test_settings_for_every_fit_are_told_from_the_verbs_own() -> None:
         ({}, ("--seed_everything", "3"), "--seed_everything is not for an experiment: give --seeds N"),
         ({}, ("--trainer.logger.name=x",), "--trainer.logger.name is not for an experiment: the folder is given with"),
         ({}, ("--seeds", "x"), "invalid int value: 'x'"),
+        ({}, ("--seeds", "0", "-1"), "seeds=-1 must not be negative."),
+        ({}, ("--seeds", "1" + "0" * 30), "must be at most 4294967295."),
+        ({}, ("--only", "x\0y"), "--only x\\x00y: the runs are reptile"),
+        ({}, ("--out", "mine.yaml"), "out=mine.yaml/results.csv cannot be written, since"),
+        ({}, ("--out", "mine.yaml/below"), "out=mine.yaml/below/results.csv cannot be written, since"),
+        ({}, ("--out", "x\0y"), "must be a path, without a zero byte in it."),
+        ({}, ("--out", "a" * 300), "cannot be a file (File name too long): give another path."),
+        ({}, ("--out", ""), "--out is empty: give a value, or leave it out."),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
     content: dict[str, Any], args: tuple[str, ...], message: str, write: Callable[..., str], fails: Fails
 ) -> None:
-    assert message in fails("experiment", write(**content), *args)
-    assert not Path("runs").exists()
+    in_value = message.startswith(("seeds=", "must be", "out=", "cannot be"))
+    assert message in fails("experiment", write(**content), *args, code=1 if in_value else 2)
+    assert sorted(path.name for path in Path().iterdir()) == ["base.yaml", "mine.yaml"]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, fails: Fails) -> None:

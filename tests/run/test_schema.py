@@ -100,6 +100,14 @@ def laughs() -> list[Any]:
     return found
 
 
+def deep(levels: int = 3000) -> dict[str, Any]:
+    """A mapping in a mapping, and so on."""
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"deeper": found}
+    return found
+
+
 SPARSE = torch.eye(3).to_sparse()
 MODEL = "fomal/config/model"
 
@@ -292,6 +300,13 @@ def test_a_state_that_there_was_no_need_of_may_be_missing(
     trainer = L.Trainer(max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.test(learner, datamodule=data, ckpt_path=str(tmp_path / "c.ckpt"), verbose=False)
     assert learner.carried is None
+
+
+@pytest.mark.parametrize("entry", ["loops/fit_loop/more_progress", "fomal/config"])
+def test_nesting_without_end_is_named(entry: str, content: Content) -> None:
+    put(entry, deep())(content)
+    with pytest.raises(ValueError, match="^c.ckpt is no whole checkpoint: .*nested without end"):
+        check_checkpoint(content, "c.ckpt")
 
 
 def test_a_misfit_is_one_line_of_the_command_line(content: Content, tmp_path: Path, fails: Fails) -> None:
