@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +169,42 @@ class WandbLogger(LightningWandbLogger):
         """Log the last checkpoints of Lightning's own callback."""
         with self._surviving("finish the run"):
             super().finalize(status)
+
+
+class WandbStart:
+    """Loggers for Weights & Biases before their runs start, so that a start which fails can be undone.
+
+    Args:
+        loggers: all of a trainer; other kinds, and runs that have started, are left alone.
+
+    Attributes:
+        folders: where the files of W&B's runs will be.
+    """
+
+    def __init__(self, loggers: Iterable[Any]) -> None:
+        running = getattr(sys.modules.get("wandb"), "run", None) is not None
+        own = [logger for logger in loggers if isinstance(logger, LightningWandbLogger)]
+        self._loggers = [] if running else [logger for logger in own if logger._experiment is None]
+        places = [logger.save_dir or os.environ.get("WANDB_DIR") or "." for logger in self._loggers]
+        self.folders = [Path(place, "wandb") for place in places]
+        links = [path for folder in self.folders for path in folder.glob("*") if path.is_symlink()]
+        self._links = {path.absolute(): path.readlink() for path in links}  # to the newest run and its logs
+
+    def undo(self) -> None:
+        """End the runs as failed, and take away their files."""
+        runs = [run for logger in self._loggers if (run := logger._experiment) and not getattr(run, "disabled", False)]
+        for run in runs:
+            folder = Path(run.dir).parent
+            with surviving("take a run back", set()):
+                run.finish(exit_code=1)
+                sys.modules["wandb"].teardown()  # its process may still write
+            shutil.rmtree(folder, ignore_errors=True)
+            for link in [path for path in folder.parent.glob("*") if path.is_symlink() and not path.exists()]:
+                link.unlink()
+                if before := self._links.get(link.absolute()):
+                    link.symlink_to(before)
+            if not any(folder.parent.glob("*run-*")):
+                shutil.rmtree(folder.parent / "cache", ignore_errors=True)
 
 
 @contextmanager

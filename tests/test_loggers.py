@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import struct
 import warnings
 from collections.abc import Iterator
@@ -223,6 +224,29 @@ def test_the_checkpoints_that_are_logged(config: str, no_account: Path, tmp_path
         assert [sorted(artifact.aliases) for artifact in found] == [["latest", alias] for alias in expected]
         contents = [Path(entry.local_path).read_text() for artifact in found for entry in artifact.manifest.contents]
         assert contents == [name.removeprefix("step") for name in expected]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("given", [{}, {"id": "mine"}])
+def test_a_failed_start_leaves_no_run(given: dict[str, str], config: str, no_account: Path) -> None:
+    def there() -> dict[str, bytes | Path]:
+        return {
+            str(path): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+            for path in Path("runs").rglob("*")
+        }
+
+    start = ["fit", "--config", config, *logger(offline=True, log_model=not given, **given)]
+    fail = ["--trainer.callbacks+=tests.cli.test_cli_runs.Fail", "--trainer.callbacks.at=0"]
+    with pytest.raises(SystemExit):
+        main([*start, *fail])
+    assert not Path("runs").exists()
+    main(start)
+    end_wandb()
+    before = there()
+    with pytest.raises(SystemExit):
+        main([*start, *fail])
+    shutil.rmtree("runs/wandb/cache", ignore_errors=True)  # where W&B's process keeps logs of its own
+    assert there() == {name: content for name, content in before.items() if "/cache" not in name}
 
 
 @pytest.mark.timeout(120)

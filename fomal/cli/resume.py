@@ -57,11 +57,13 @@ def go_on_with_log(logger: CSVLogger, log: Path, step: int) -> None:
         reader = csv.DictReader(file)
         rows, names = list(reader), list(reader.fieldnames or [])
     kept = [row for row in rows if row.get("step") and float(row["step"]) <= step]
-    if len(kept) < len(rows):
-        keep_earlier(log)
-    writer: Any = logger.experiment  # deletes the file
+    whole = keep_earlier(log)  # which the logger would delete
+    writer: Any = logger.experiment
     writer.metrics_keys = names
-    write_csv(log, names, kept)
+    if whole is not None and len(kept) == len(rows):
+        whole.replace(log)
+    else:
+        write_csv(log, names, kept)
 
 
 def _checkpoint_folders(trainer: Mapping[str, Any]) -> list[Path]:

@@ -55,7 +55,7 @@ from fomal.run.trust import Trust
 from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.replicated import ReplicatedDataModule
 from fomal.utils.checks import countable
-from fomal.utils.files import atomic_replace, check_path
+from fomal.utils.files import atomic_replace, check_path, keep_earlier
 from fomal.utils.output import say, tell
 from fomal.utils.processes import in_company, launched_processes, meet_first
 from fomal.utils.terminal import calm_lightning
@@ -131,7 +131,7 @@ class SaveConfig(SaveConfigCallback):
     """Saves the configuration of a training run as `config.yaml` in its folder, and keeps an earlier one.
 
     Attributes:
-        start: what to undo where the run fails before its first meta-iteration is done; None afterwards.
+        start: what to undo where the run fails before its first batch is done; None afterwards.
     """
 
     start: Start | None = None
@@ -140,6 +140,13 @@ class SaveConfig(SaveConfigCallback):
         """From here on the run leaves what it has."""
         self.start = None
 
+    on_test_batch_end = on_predict_batch_end = on_train_batch_end
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Likewise, but for the validation with which training may begin."""
+        if not trainer.sanity_checking:
+            self.start = None
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save, before the first step."""
         if stage != "fit":
@@ -147,7 +154,7 @@ class SaveConfig(SaveConfigCallback):
         path = run_folder(trainer) / self.config_filename  # in every process: it broadcasts
         if trainer.is_global_zero:
             if self.start is not None:
-                self.start.keep(path)
+                self.start.claim(path.parent)
             with atomic_replace(path, keep=True) as unfinished:
                 self.parser.save(self.config, unfinished, skip_unset=False, overwrite=True, multifile=False)
             for logger in trainer.loggers:
@@ -163,7 +170,6 @@ class FomalCLI(LightningCLI):
     """
 
     trainer_type: type[L.Trainer] = L.Trainer
-    start: Start
 
     def __init__(self, verb: str, args: Sequence[str]) -> None:
         self.verb = verb
@@ -384,42 +390,45 @@ class FomalCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | ours
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; a training run that fails before its first meta-iteration is done leaves no files."""
+        """Run; what fails before its first batch is done leaves no files."""
         saves = [part for part in self.trainer.callbacks if isinstance(part, SaveConfig)]  # type: ignore[attr-defined]
-        if subcommand == "fit" and saves:
-            self.start = saves[0].start = Start(self.trainer)
+        if subcommand not in LightningCLI.subcommands():  # which has no log
+            return super()._run_subcommand(subcommand)
+        for part in saves:
+            part.start = Start(self.trainer)
         try:
+            self._keep_logs()
             super()._run_subcommand(subcommand)
         except BaseException:
             if saves and saves[0].start is not None and self.trainer.is_global_zero:
                 saves[0].start.undo()
             raise
 
-    def before_fit(self) -> None:
-        """Keep the log of an earlier run in the same folder, and go on with that of a resumed one."""
+    def _keep_logs(self) -> None:
+        """Keep the logs of earlier runs in the same folders, and go on with those of a resumed one."""
         if is_trial(self.trainer):
             return
         folder = run_folder(self.trainer)
-        # CSVLogger deletes the log that is there when training starts.
+        # CSVLogger deletes the log that is there when a run starts.
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         if not self.trainer.is_global_zero:
             return
-        logs = {folder / "metrics.csv": self.trainer.logger}
-        if isinstance(self.model, Replicas) and self.trainer.loggers:
-            loggers = replica_loggers(folder, len(self.model.learners))
-            logs |= {Path(logger.log_dir) / "metrics.csv": logger for logger in loggers}
+        fits, loggers = self.verb == "fit", list(self.trainer.loggers)
+        if fits and isinstance(self.model, Replicas) and loggers:
+            own = replica_loggers(folder, len(self.model.learners))
+            loggers += own
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined] # set by a helper
                 if isinstance(callback, ReplicaFiles):
-                    callback.loggers = loggers
+                    callback.loggers = own
+        logs: dict[Path, CSVLogger | None] = {folder / "metrics.csv": None} if fits else {}
+        logs |= {Path(one.log_dir) / "metrics.csv": one for one in loggers if isinstance(one, CSVLogger)}
         ckpt_path = self.config[self.verb].get("ckpt_path")
-        goes_on = ckpt_path and resume.is_of_run(Path(ckpt_path), folder)
+        goes_on = fits and ckpt_path and resume.is_of_run(Path(ckpt_path), folder)
         for log, logger in logs.items():
-            if not log.is_file():
-                continue
-            if goes_on and isinstance(logger, CSVLogger):
+            if goes_on and logger is not None and log.is_file():
                 resume.go_on_with_log(logger, log, meta_iterations(Path(ckpt_path)))
             else:
-                self.start.keep(log)
+                keep_earlier(log)
 
     def after_fit(self) -> None:
         """Say where the run is."""

@@ -107,27 +107,61 @@ class Fail(Callback):
         raise ValueError("no")
 
 
-@pytest.mark.parametrize("at", ["setup", "on_fit_start", "on_train_start", 0])
+def failing(at: str | int) -> tuple[str, str]:
+    return "--trainer.callbacks+=tests.cli.test_cli_runs.Fail", f"--trainer.callbacks.at={at}"
+
+
+def there(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("at", ["setup", "on_fit_start", 0])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_failed_start_leaves_everything_as_it_was(at: str | int, earlier: bool, tmp_path: Path, fails: Fails) -> None:
-    def there() -> dict[Path, bytes]:
-        return {path: path.read_bytes() if path.is_file() else b"" for path in tmp_path.rglob("*")}
-
-    config = config_file(tmp_path)
+    start = ("fit", "--config", config_file(tmp_path), "--trainer.enable_checkpointing=true")
     if earlier:
-        main(["fit", "--config", config])
-    before = there()
-    callback = ("--trainer.callbacks+=tests.cli.test_cli_runs.Fail", f"--trainer.callbacks.at={at}")
+        main(start)
+    before = there(tmp_path)
     deep = ("--trainer.logger.name=a/b",) if not earlier else ()
-    assert fails("fit", "--config", config, "--trainer.enable_checkpointing=true", *deep, *callback, code=1).startswith(
-        "no"
-    )
-    assert there() == before
+    assert fails(*start, *deep, *failing(at), code=1).startswith("no")
+    assert there(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["TensorBoard", "replicas", "replicas after a run alone", "resumed"])
+def test_a_failed_start_in_a_folder_that_is_there_leaves_it_so(kind: str, tmp_path: Path, fails: Fails) -> None:
+    start = ["fit", "--config", config_file(tmp_path), "--trainer.enable_checkpointing=true"]
+    start += ["--trainer.logger.class_path=TensorBoardLogger"] if kind == "TensorBoard" else []
+    again = ["--replicas=2"] if "replicas" in kind else []
+    often = ["--trainer.callbacks+=fomal.callbacks.SaveLast", "--trainer.callbacks.every_n_meta_iterations=2"]
+    main([*start, *(again if kind == "replicas" else []), *(often if kind == "resumed" else [])])
+    before = there(tmp_path)
+    assert (tmp_path / "run" / "metrics.csv").is_file() == (kind != "TensorBoard")
+    at: str | int = 0
+    if kind == "resumed":  # goes back by two rows of the log
+        again, at = [f"--ckpt_path={tmp_path}/run/checkpoints/previous.ckpt"], 2
+    assert fails(*start, *again, *failing(at), code=1).startswith("no")
+    assert there(tmp_path) == before
+
+
+def test_an_evaluation_takes_no_log_away(checkpoint: str, tmp_path: Path, fails: Fails) -> None:
+    """Not if it fails either, and then it leaves nothing."""
+    log = tmp_path / "run" / "metrics.csv"
+    log.parent.mkdir()
+    log.write_text("step,loss\n")
+    loggers = [
+        {"class_path": name, "init_args": {"save_dir": str(tmp_path), "name": "", "version": version}}
+        for name, version in (("CSVLogger", "run"), ("TensorBoardLogger", "run"), ("TensorBoardLogger", "new"))
+    ]
+    test = ("test", "--ckpt_path", checkpoint, *QUIET, f"--trainer.logger={loggers}")
+    before = there(tmp_path)
+    assert fails(*test, *failing("on_test_start"), code=1).startswith("no")
+    assert there(tmp_path) == before
+    main(test)
+    assert log.with_name("metrics_1.csv").read_text() == "step,loss\n"
 
 
 def test_a_run_that_fails_later_keeps_what_it_has(tmp_path: Path, fails: Fails) -> None:
-    callback = ("--trainer.callbacks+=tests.cli.test_cli_runs.Fail", "--trainer.callbacks.at=2")
-    fails("fit", "--config", config_file(tmp_path), *callback, code=1)
+    fails("fit", "--config", config_file(tmp_path), *failing(2), code=1)
     assert (tmp_path / "run" / "config.yaml").is_file()
     assert (tmp_path / "run" / "metrics.csv").is_file()
 
