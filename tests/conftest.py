@@ -20,6 +20,8 @@ from fomal.tasks.episode import Episode
 from fomal.tasks.sampler import minibatch_plan
 from fomal.utils import tree
 from tests.helpers.episodes import SmallConv, classification_episode
+from tests.helpers.launch import launch  # noqa: F401 # a fixture
+from tests.helpers.resume import whole  # noqa: F401 # a fixture
 
 
 def shared_data(name: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.launch import TORCHRUN, fit, workers
 from tests.helpers.processes import free_port
-from tests.helpers.resume import Run, same, whole  # noqa: F401 # a fixture
+from tests.helpers.resume import Run, same
 
 
 def torchrun(run: Run, restarts: int) -> list[str]:
@@ -21,7 +21,7 @@ def torchrun(run: Run, restarts: int) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_torchrun_starts_again_what_was_killed_and_it_goes_on(launch: Any, whole: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_torchrun_starts_again_what_was_killed_and_it_goes_on(launch: Any, whole: Any, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", (2, 0), pause=0.05)
     launched = launch(torchrun(run, 2), tmp_path / "out")
     launched.until(lambda: list(run.folder.glob("runs/sine/*/checkpoints/last.ckpt")))
@@ -34,7 +34,7 @@ def test_torchrun_starts_again_what_was_killed_and_it_goes_on(launch: Any, whole
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_sigterm_to_torchrun_saves(launch: Any, whole: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_sigterm_to_torchrun_saves(launch: Any, whole: Any, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", (2, 0), pause=0.05)
     launched = launch(torchrun(run, 0), tmp_path / "out")
     launched.until(lambda: list(run.folder.glob("runs/sine/*/checkpoints/last.ckpt")))
@@ -46,7 +46,7 @@ def test_sigterm_to_torchrun_saves(launch: Any, whole: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(400)
-def test_lightnings_own_launcher_trains_the_same(launch: Any, whole: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_lightnings_own_launcher_trains_the_same(launch: Any, whole: Any, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", (2, 0))
     launched = launch([sys.executable, *fit(run)], tmp_path / "out")
     assert launched.wait(200) == 0, launched.out.read_text()

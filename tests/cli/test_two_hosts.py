@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.launch import TORCHRUN, Launched, fit, launch, workers  # noqa: F401 # a fixture
-from tests.helpers.resume import Run, same, whole  # noqa: F401 # a fixture
+from tests.helpers.launch import TORCHRUN, Launched, fit, workers
+from tests.helpers.resume import Run, same
 
 SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "cluster" / "two-hosts.sh"
 LAUNCH = (2, 0)
@@ -40,7 +40,7 @@ def network() -> Iterator[None]:
 class Cluster:
     """`torchrun` on two hosts; each starts it again when it fails, as a cluster's scheduler would."""
 
-    def __init__(self, run: Run, launch: Callable[..., Launched], restarts: int) -> None:  # noqa: F811
+    def __init__(self, run: Run, launch: Callable[..., Launched], restarts: int) -> None:
         self.run, self.launch, self.restarts = run, launch, restarts
         self.hosts: dict[int, Launched] = {}
 
@@ -72,7 +72,7 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(network: None, launch: Callable[..., Launched], tmp_path: Path) -> Callable[..., Cluster]:  # noqa: F811
+def cluster(network: None, launch: Callable[..., Launched], tmp_path: Path) -> Callable[..., Cluster]:
     """Starts a run on both hosts."""
 
     def start(pause: float = 0.0, restarts: int = 3) -> Cluster:
@@ -85,7 +85,7 @@ def cluster(network: None, launch: Callable[..., Launched], tmp_path: Path) -> C
 
 
 @pytest.mark.timeout(600)
-def test_two_hosts_train_what_one_does(cluster: Any, whole: Any) -> None:  # noqa: F811
+def test_two_hosts_train_what_one_does(cluster: Any, whole: Any) -> None:
     both = cluster()
     both.finish()
     same(both.run.found(), whole(LAUNCH))
@@ -98,7 +98,7 @@ def saved(cluster: Any) -> Cluster:
     return both
 
 
-def goes_on(both: Cluster, whole: Any) -> None:  # noqa: F811
+def goes_on(both: Cluster, whole: Any) -> None:
     """Assert that it ends from its checkpoint, with all that an uninterrupted run leaves."""
     both.finish()
     assert "going on from" in both.said()
@@ -107,7 +107,7 @@ def goes_on(both: Cluster, whole: Any) -> None:  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_that_is_killed_is_started_again(cluster: Any, whole: Any) -> None:  # noqa: F811
+def test_a_worker_that_is_killed_is_started_again(cluster: Any, whole: Any) -> None:
     both = saved(cluster)
     os.kill(workers(both.hosts[2].process.pid)[-1], signal.SIGKILL)
     goes_on(both, whole)
@@ -115,7 +115,7 @@ def test_a_worker_that_is_killed_is_started_again(cluster: Any, whole: Any) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_host_that_is_killed_and_comes_back_goes_on(cluster: Any, whole: Any) -> None:  # noqa: F811
+def test_a_host_that_is_killed_and_comes_back_goes_on(cluster: Any, whole: Any) -> None:
     both = saved(cluster)
     inside = subprocess.run(["ip", "netns", "pids", "h2"], capture_output=True, text=True, check=True).stdout.split()
     for pid in inside:
@@ -126,7 +126,7 @@ def test_a_host_that_is_killed_and_comes_back_goes_on(cluster: Any, whole: Any) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_wire_that_is_cut_and_mended(cluster: Any, whole: Any) -> None:  # noqa: F811
+def test_a_wire_that_is_cut_and_mended(cluster: Any, whole: Any) -> None:
     both = saved(cluster)
     hosts("cut", "2")
     time.sleep(25)  # until TCP has given up

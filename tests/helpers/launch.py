@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.resume import Run, same, whole  # noqa: F401 # a fixture
+from tests.helpers.resume import Run
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
