@@ -18,11 +18,14 @@ ValueRange = int | tuple[float, float] | Literal["image"] | None
 # Tags: bits per sample, photometric interpretation, planar configuration, sample format.
 _TIFF_BITS, _TIFF_INK, _TIFF_PLANES, _TIFF_SIGNED = 258, 262, 284, 339
 _ROWS = 256  # converted at once; bounds memory
+_COLORS = ("RGB", "RGBA", "RGBX", "CMYK")
 _OTHER_BYTE = {  # of a 16-bit sample, the raw mode that takes the byte which Pillow leaves out
-    **{f"{mode};16B": f"{mode};16L" for mode in ("RGB", "RGBA")},
-    **{f"{mode};16L": f"{mode};16B" for mode in ("RGB", "RGBA")},
-    **{f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBA")},
+    **{f"{mode};16B": f"{mode};16L" for mode in _COLORS},
+    **{f"{mode};16L": f"{mode};16B" for mode in _COLORS},
+    **{f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in _COLORS},
 }
+_WHITE = 65535  # of 16 bits
+_CODESTREAM = b"\xff\x4f\xff\x51"  # how that of JPEG 2000 begins
 
 
 class OutOfRange(ValueError):
@@ -108,12 +111,19 @@ def deep_image(image: Image.Image, again: Callable[[], Image.Image] | None = Non
     Args:
         image: not loaded yet, unless of mode I or F.
         again: opens it once more. Of 16-bit colours Pillow gives one byte; without `again` they are not seen.
+
+    Raises:
+        OutOfRange: Pillow cannot give all of its bits.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _one_channel(image)
-    _refuse_planes(image)
+    _refuse_what_loses_bits(image)
+    if again is None:
+        return None
+    if getattr(image, "format", None) == "PPM":
+        return _netpbm(image, again)
     raw = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
-    if again is None or not any(";16" in mode for mode in raw):
+    if not any(";16" in mode for mode in raw):
         return None
     if raw == {"LA;16B"}:
         with again() as other:
@@ -121,10 +131,13 @@ def deep_image(image: Image.Image, again: Callable[[], Image.Image] | None = Non
             four = np.asarray(_with_raw_mode(other, "RGBA"))
         return Deep(four[..., 0].astype(np.int32) << 8 | four[..., 1], 16, four[..., 2])
     if len(raw) != 1 or not raw <= _OTHER_BYTE.keys():
-        return None  # CMYK and the like, of which Pillow's byte is used
+        raise OutOfRange(f"16-bit colours stored as {' and '.join(sorted(raw))}: store them as PNG, without alpha")
     with again() as other:
         lower = np.asarray(_with_raw_mode(other, _OTHER_BYTE[raw.pop()]))
     values = np.asarray(image).astype(np.int32) << 8 | lower
+    if image.mode == "CMYK":
+        light = _WHITE - values.astype(np.int64)
+        return Deep(light[..., :3] * light[..., 3:] // _WHITE, 16)
     color, alpha = values[..., :3], (values[..., 3] >> 8).astype(np.uint8) if values.shape[2] == 4 else None
     clear = image.info.get("transparency")
     if isinstance(clear, tuple):
@@ -152,11 +165,42 @@ def _one_channel(image: Image.Image) -> Deep:
     return Deep(values, None if image.mode == "F" else bits, alpha, tags.get(_TIFF_INK) == 0)
 
 
-def _refuse_planes(image: Image.Image) -> None:
-    """Of separate planes of 16 bits, Pillow takes bytes for samples, or gives the upper bytes alone."""
+def _netpbm(image: Any, again: Callable[[], Any]) -> Deep | None:
+    """The colours of a PPM file of 16 bits, of which Pillow would give 8; its brightest value becomes 65535."""
+    codec, *_, args = image.tile[0]
+    if image.mode != "RGB" or not isinstance(args, tuple) or args[-1] < 256:
+        return None
+    if codec != "ppm":
+        raise OutOfRange("16-bit colours written as text (P3): store them as PNG, TIFF or binary PPM (P6)")
+    parts = []
+    for mode in ("RGB;16B", "RGB;16L"):
+        with again() as other:
+            place: Any = other.tile[0]
+            other.tile = [place._replace(codec_name="raw", args=(mode, 0, 1))]
+            parts.append(np.asarray(other).astype(np.int64))
+    values = (parts[0] << 8 | parts[1]).clip(0, args[-1])
+    return Deep((values * _WHITE + args[-1] // 2) // args[-1], 16)
+
+
+def _refuse_what_loses_bits(image: Any) -> None:
+    """Of some images of more than 8 bits Pillow gives the upper 8 alone, or takes bytes for samples."""
+    kind = getattr(image, "format", None)
     tags: Any = getattr(image, "tag_v2", {})
     if tags.get(_TIFF_PLANES) == 2 and len(tags.get(_TIFF_BITS, ())) > 1 and max(tags[_TIFF_BITS]) > 8:
         raise OutOfRange("16-bit colours in separate planes: store them pixel by pixel")
+    file = getattr(image, "fp", None)
+    if kind not in ("JPEG2000", "SGI") or file is None or file.closed:
+        return
+    file.seek(0)
+    content = file.read()
+    if kind == "SGI":
+        bits = 8 * content[3]
+    else:
+        about = content.partition(_CODESTREAM)[2][36:]  # how many channels, and three bytes on each
+        channels = int.from_bytes(about[:2], "big")
+        bits = max((1 + (size & 0x7F) for size in about[2 : 2 + 3 * channels : 3]), default=0)
+    if bits > 8:
+        raise OutOfRange(f"{bits}-bit {kind}, of which 8 bits would be read: store it as PNG or TIFF")
 
 
 def _raw_mode(tile: Any) -> str:

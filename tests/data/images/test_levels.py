@@ -64,7 +64,7 @@ def tiff(values: NDArray[Any], order: str = "<", deflated: bool = False, planes:
     data = [zlib.compress(strip.tobytes()) if deflated else strip.tobytes() for strip in strips]
     tags = {256: [W], 257: [H], 258: [size] * count, 259: [8 if deflated else 1], 262: [ink], 273: [], 277: [count]}
     tags |= {278: [H], 279: [len(part) for part in data], 284: [2 if planes else 1]}
-    tags |= {338: [2]} if count == 4 else {}
+    tags |= {338: [2]} if count == 4 and ink != 5 else {}
     tags[339] = [3 if values.dtype.kind == "f" else 1] * count
     tags[273] = [0] * len(data)
     long = (256, 257, 273, 278, 279)
@@ -91,6 +91,7 @@ def three(gray: NDArray[Any]) -> NDArray[Any]:
 SIXTEEN = GRAY.astype(np.uint16)
 COLOR16 = COLOR.astype(np.uint16)
 OPAQUE = np.dstack([COLOR16, np.full((H, W), 65535, np.uint16)])
+INKS = np.dstack([65535 - COLOR16, np.zeros((H, W), np.uint16)])
 TWELVE: dict[str, tuple[bytes, NDArray[Any]]] = {  # 12 bits in 16, and what they show
     "PNG": (saved(SIXTEEN), three(GRAY)),
     "TIFF": (saved(SIXTEEN, "TIFF"), three(GRAY)),
@@ -105,6 +106,10 @@ TWELVE: dict[str, tuple[bytes, NDArray[Any]]] = {  # 12 bits in 16, and what the
     "colours, big-endian TIFF": (tiff(COLOR16, ">"), COLOR),
     "colours, deflated TIFF": (tiff(COLOR16, deflated=True), COLOR),
     "colours, big-endian deflated TIFF": (tiff(COLOR16, ">", deflated=True), COLOR),
+    "colours, PPM": (b"P6 7 5 65535\n" + COLOR16.astype(">u2").tobytes(), COLOR),
+    "inks, TIFF": (tiff(INKS, ink=5), COLOR),
+    "inks, big-endian TIFF": (tiff(INKS, ">", ink=5), COLOR),
+    "inks, deflated TIFF": (tiff(INKS, deflated=True, ink=5), COLOR),
     "colours with alpha, TIFF": (tiff(OPAQUE), COLOR),
     "colours with alpha, deflated TIFF": (tiff(OPAQUE, deflated=True), COLOR),
 }
@@ -141,6 +146,44 @@ def test_separate_planes_are_refused() -> None:
     for deflated in (False, True):
         with pytest.raises(ValueError, match="^16-bit colours in separate planes: store them pixel by pixel$"):
             wanted().decode(tiff(COLOR16, deflated=deflated, planes=True))
+
+
+def test_the_brightest_value_of_a_ppm_is_white() -> None:
+    """Its header says which that is, as for greys."""
+    content = b"P6 7 5 4095\n" + COLOR16.astype(">u2").tobytes()
+    expected = np.rint(COLOR * (65535 / 4095)).astype(int) >> 8
+    same(wanted().decode(content).transpose(1, 2, 0), expected)
+    same(wanted(16).decode(content).transpose(1, 2, 0), expected)
+
+
+def test_inks_are_mixed_in_16_bits() -> None:
+    inks = RNG.integers(0, 65536, (H, W, 4)).astype(np.uint16)
+    light = 1 - inks / 65535
+    same(
+        wanted([0, 20000]).decode(tiff(inks, ink=5)).transpose(1, 2, 0),
+        (256 * np.floor(65535 * light[..., :3] * light[..., 3:] + 1e-9) / 20000).clip(0, 255).astype(np.uint8),
+    )
+
+
+def test_what_pillow_would_cut_to_8_bits_is_refused() -> None:
+    color = RNG.integers(0, 256, (H, W, 3), np.uint8)
+    for plain in (False, True):
+        content = saved(color, "JPEG2000", no_jp2=plain)
+        same(wanted().decode(content).transpose(1, 2, 0), color)
+        sizes = content.index(b"\xff\x51") + 40  # of the three channels, in bits less one
+        deep = bytearray(content)
+        deep[sizes : sizes + 9 : 3] = [11] * 3
+        with pytest.raises(ValueError, match="^12-bit JPEG2000, of which 8 bits would be read: store it as PNG or TIF"):
+            wanted(12).decode(bytes(deep))
+    same(wanted().decode(saved(SIXTEEN, "JPEG2000"))[0], GRAY >> 8)  # of one channel Pillow gives all
+    for pixels in (color, color[..., 0]):
+        content = saved(pixels, "SGI")
+        same(wanted().decode(content, "a.sgi").transpose(1, 2, 0), pixels if pixels.ndim == 3 else three(pixels))
+        with pytest.raises(ValueError, match="^16-bit SGI, of which"):
+            wanted().decode(saved(pixels, "SGI", bpc=2), "a.sgi")
+    text = b"P3 7 5 65535\n" + b" ".join(b"%d" % value for value in COLOR.ravel())
+    with pytest.raises(ValueError, match=r"^16-bit colours written as text \(P3\): store them as PNG"):
+        wanted().decode(text)
 
 
 def test_the_smallest_value_may_be_white() -> None:
