@@ -45,7 +45,7 @@ def test_a_process_that_is_asked_to_end_while_it_starts_does(number: int, code: 
             assert run.poll() is None
             time.sleep(0.01)
         run.send_signal(number)
-        said = b"".join(run.communicate(timeout=60))
+        said = b"".join(run.communicate(timeout=120))
     finally:
         run.kill()
     assert run.returncode == code

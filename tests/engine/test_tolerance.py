@@ -132,13 +132,14 @@ def test_data_that_are_not_finite_are_named_and_not_called_a_network_that_cannot
 
 
 def test_full_precision_is_for_a_while() -> None:
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [part.fp32_precision for part in parts]
     try:
-        matmul.fp32_precision = "tf32"
+        for part in parts:
+            part.fp32_precision = "tf32"
         with full_precision(torch.device("cuda")):
-            assert matmul.fp32_precision == "ieee"
-            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
+            assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
+        assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
     finally:
-        matmul.fp32_precision = before
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
