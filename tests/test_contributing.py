@@ -30,6 +30,6 @@ def test_a_command_trains(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     cli = main([*shlex.split(command), *SHORT])
-    own = [part for part in (cli.model.rule, cli.datamodule) if type(part).__module__ + ".py" in FILES]
+    own = [part for part in (cli.model.rule, cli.model.loss, cli.datamodule) if type(part).__module__ + ".py" in FILES]
     assert len(own) == 1
     assert cli.trainer.global_step == 2

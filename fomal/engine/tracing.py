@@ -266,7 +266,7 @@ def _hooked(network: nn.Module) -> str | None:
 
 def _unknown(network: nn.Module, losses: Sequence[object]) -> str:
     known = ("torch", "fomal", "torchvision", "timm")
-    within = [part for loss in losses for part in vars(loss).values() if isinstance(part, nn.Module)]
+    within = [part for loss in losses for part in getattr(loss, "__dict__", {}).values() if isinstance(part, nn.Module)]
     parts = [*losses, *(module for whole in (network, *within) for module in whole.modules())]
     return next((type(part).__name__ for part in parts if type(part).__module__.split(".")[0] not in known), "")
 
