@@ -49,9 +49,10 @@ class CrossEntropy(Loss):
             ignore_index=NO_TARGET,
             reduction="none",
             label_smoothing=self.label_smoothing,
-        ).view(y.shape)  # 0 where there is no target
+        )  # 0 where there is no target
         if y.ndim == 1 and self.class_weights is None:
             return losses
+        losses = losses.view(y.shape)
         weights = self._each(y).to(losses.dtype)  # which torch has multiplied with
         return _total(losses) / _total(weights).clamp_min(torch.finfo(losses.dtype).tiny)
 

@@ -256,5 +256,6 @@ def _columns(y: Tensor) -> tuple[int, ...]:
 
 def _mean(t: Tensor) -> Tensor:
     """The mean over all but the first axis, (B,)."""
-    flat = t[:, None].flatten(1)
-    return flat.squeeze(1) if flat.shape[1] == 1 else flat.mean(1)
+    if t.numel() == len(t):
+        return t.reshape(-1)
+    return t.flatten(1).mean(1)
