@@ -341,7 +341,7 @@ NESTED = ("--model.network=fomal.models.Classifier", "--model.network.factory=fo
         (["--data.image_size=20", "--data.color=gray"], {"image_size": 20, "in_channels": 1}),
         (["--config", "{data: {init_args: {image_size: [20, 30]}}}"], {"image_size": [20, 30], "in_channels": 3}),
         (["--config", REPEATED, "--data.image_size=20", "--data.ways=2"], {"image_size": 20, "in_channels": 3}),
-        (["--model.network=ResNet12", "--data.color=gray"], {"in_channels": 1}),
+        (["--model.network=fomal.models.ResNet12", "--data.color=gray"], {"in_channels": 1}),
         (
             ["--model.network=fomal.models.MLP", "--data.image_size=[2, 3]", "--data.ways=4"],
             {"in_features": 18, "out_features": 4},
