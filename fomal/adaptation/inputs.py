@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fomal.data.images.image_format import ImageFormat, Remarks
 from fomal.data.images.source import is_archive, open_source
+from fomal.utils.checks import fits_memory
 from fomal.utils.files import read_regular
 from fomal.utils.output import rank_zero_warn
 
@@ -21,6 +22,7 @@ ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
 `ImageFormat.value_range` says."""
 
 _CHANNELS = (1, 3, 4)
+_BYTES = 2  # of each number of all images, which are there apart and together
 _GIVE = "give files, images of Pillow's, arrays (H, W) or (H, W, C), or tensors (C, H, W)"
 
 
@@ -35,10 +37,14 @@ def decode_all(images: ImageLike | Iterable[ImageLike], image_format: ImageForma
     Raises:
         FileNotFoundError: there is no such file or folder.
         TypeError: it is nothing of the kind.
-        ValueError: some cannot be read; names them all; or a folder has none.
+        ValueError: some cannot be read; names them all; or a folder has none; or they would not fit the memory.
     """
-    decoded, wrong, remarks = [], [], Remarks()
+    decoded: list[NDArray[np.uint8]] = []
+    wrong, remarks = [], Remarks()
+    size = image_format.channels * image_format.height * image_format.width
     for name, image in _named(images):
+        numbers = (len(decoded) + 1) * size
+        fits_memory("the images", numbers, _BYTES, height=image_format.height, width=image_format.width)
         try:
             decoded.append(image_format.decode(_content(image), name, remarks))
         except (ValueError, OSError) as error:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fomal.adaptation import Adapted, adapt
+from fomal.data.images.image_format import ImageFormat
 from fomal.learner.meta_learner import MetaLearner
 
 FILTERS = ("filters", 2_000, r"blocks\.0\.conv\.weight as \(8, 3, 3, 3\) float32, but .* is \(2000, 3, 3, 3\)")
@@ -78,3 +80,16 @@ def test_of_an_adapted_model(name: str, value: int, said: str, model: Path, tmp_
         Adapted.load(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_images_of_a_stored_size_must_fit_the_memory(
+    checkpoint: Path, support: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+    content["fomal"]["config"]["data"]["init_args"]["image_size"] = 2**13
+    torch.save(content, tmp_path / "wrong.ckpt")
+    monkeypatch.setattr("fomal.utils.checks.machine_bytes", lambda: 1e9)
+    monkeypatch.setattr(ImageFormat, "decode", lambda *args: np.zeros(1))
+    files = sorted(support.rglob("*.png"))
+    with pytest.raises(ValueError, match=r"height=8192, width=8192: the images would take 1.21 GB, and this mach"):
+        adapt(tmp_path / "wrong.ckpt", files, [file.parent.name for file in files])
