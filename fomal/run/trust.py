@@ -104,7 +104,7 @@ class Trust:
         names = list(_named(config, source))
         for where, name in names:
             self._refuse(name, where, source)
-        cleaned: dict[str, Any] = self._cleaned(config, source)
+        cleaned: dict[str, Any] = self.cleaned(config, source)
         return cleaned
 
     def check_classes(self, parsed: Any, source: str) -> None:
@@ -130,12 +130,13 @@ class Trust:
             f"trust=[{name!r}])."
         )
 
-    def _cleaned(self, value: Any, source: str) -> Any:
+    def cleaned(self, value: Any, source: str) -> Any:
+        """A configuration, or a part of it, without what `check` leaves out, whoever wrote it."""
         if isinstance(value, list | tuple):
-            return [self._cleaned(part, source) for part in value]
+            return [self.cleaned(part, source) for part in value]
         if not isinstance(value, Mapping):
             return value
-        cleaned = {key: self._cleaned(part, source) for key, part in value.items()}
+        cleaned = {key: self.cleaned(part, source) for key, part in value.items()}
         name = cleaned.get("class_path", "")
         for settings in (cleaned.get("init_args"), cleaned.get("dict_kwargs")):
             if isinstance(settings, dict) and name.startswith("fomal.data."):

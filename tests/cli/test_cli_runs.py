@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from torchvision import models
+from torchvision.models import WeightsEnum
 
 from fomal.cli import main
 from fomal.cli.checkpoint import refuse_differences
@@ -24,6 +26,7 @@ from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.settings import InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
+from tests.helpers.pictures import write_images
 from tests.helpers.sine import tiny_model
 
 QUIET = ("--trainer.enable_progress_bar=false",)
@@ -360,3 +363,32 @@ def test_a_configuration_that_no_longer_fits_is_said_to_be_the_checkpoints(
     torch.save(content, tmp_path / "old.ckpt")
     message = fails("test", "--ckpt_path", str(tmp_path / "old.ckpt"), "--trust", "gone.Net")
     assert message.startswith(f"the configuration in {tmp_path / 'old.ckpt'} cannot be used: model.network=gone.Net")
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_weights_that_a_run_began_with_may_be_given_again(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint's take their place, and stored configurations do without them."""
+    weights = models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **kwargs: weights)
+    classes = [f"{split}/{split}{number}" for split in ("train", "val", "test") for number in range(3)]
+    pictures = write_images(tmp_path / "images", dict.fromkeys(classes, 2), 32, 32)
+    network = {"factory": "torchvision.models.squeezenet1_1", "options": {"weights": "DEFAULT"}}
+    data = {"root": str(pictures), "ways": 3, "shots": 1, "query_shots": 1, "image_size": 32, "meta_batch_size": 1}
+    changed = settings(tmp_path)
+    changed["model"]["network"] = {"class_path": "fomal.models.Classifier", "init_args": network}
+    changed["data"] = {
+        "class_path": "fomal.data.ImageFolderDataModule",
+        "init_args": data | {"val_tasks": 1, "test_tasks": 1, "cache_dir": str(tmp_path / "cache")},
+    }
+    changed["trainer"] |= {"max_steps": 1, "enable_checkpointing": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed))
+    given = ("--config", str(tmp_path / "run.yaml"))
+    main(["fit", *given])
+    again = main([verb, *given, "--ckpt_path", "last" if verb == "fit" else str(tmp_path / "run")])
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["network"]["init_args"]
+    assert stored["options"] == {"weights": "DEFAULT"}
+    assert again.trainer.global_step == (verb == "fit")
+    with pytest.raises(SystemExit):  # another network is another run
+        main([verb, *given, "--ckpt_path", str(tmp_path / "run"), "--model.network.options.dropout=0.1"])
