@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fomal.cli import main
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer
@@ -47,22 +47,22 @@ def cifar_root() -> Path:
     return shared_data("cifar_fs") / "cifar_fs_100.zip"
 
 
-RECORD = Recorder.__call__
+RECORD = Tracer.__call__
 
 
 @pytest.fixture(scope="session", autouse=True)
 def as_written() -> Iterator[None]:
     """Record nothing in this process: each shape takes seconds, and most tests have shapes of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "__call__", lambda self, name, function, *args: function(*args))
+        patch.setattr(Tracer, "__call__", lambda self, name, function, *args: function(*args))
         yield
 
 
 @pytest.fixture(autouse=True)
-def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But in tests marked so."""
-    if "recorded" in request.keywords:
-        monkeypatch.setattr(Recorder, "__call__", RECORD)
+    if "traced" in request.keywords:
+        monkeypatch.setattr(Tracer, "__call__", RECORD)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.benchmarks import machine, measure, memory, ours, precision
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.peers.jax import Layout
 from tests.benchmarks.works import KINDS, RUN_AS, WORKS, RandomImages
-from tests.helpers.recording import tape
+from tests.helpers.trace import tape
 
 
 def small(channels: int, size: int, downsample: str):
@@ -118,7 +118,7 @@ def test_the_figures(run, capsys) -> None:
     assert found["machine"]["copy_bytes_per_second"] > 1e8
     assert timed["stride", "evaluation"]["tasks"] == 2
     said = capsys.readouterr().out
-    assert "not offered: sine, evaluation, recorded, loop: the two protocols" in said
+    assert "not offered: sine, evaluation, traced, loop: the two protocols" in said
     assert all(word in said for word in ("peer / fomal", "GFLOP/s", "stride"))
 
 
@@ -154,7 +154,7 @@ def test_what_differs_is_not_timed(run, monkeypatch, capsys) -> None:
     assert row["status"] == "differs"
     assert row["difference"]["float64"] == pytest.approx(1e-3, rel=0.01)
     assert "peer_over_fomal" not in row
-    assert "differs: sine, maml, recorded, loop" in capsys.readouterr().out
+    assert "differs: sine, maml, traced, loop" in capsys.readouterr().out
 
 
 def test_a_peer_that_fails_is_named(run, monkeypatch) -> None:
@@ -196,8 +196,8 @@ def test_a_captured_training_is_that_of_the_loop(monkeypatch) -> None:
 @pytest.mark.parametrize("way", RUN_AS)
 def test_ways_are_settings_of_the_learner(way: str) -> None:
     learner = replace(SMALL["sine"], run_as=way).learner("reptile", "adam")
-    recorder = learner.objective.recorder
-    assert (recorder.is_on, recorder.compiled, learner.execution.cuda_graph) == (
+    tracer = learner.objective.tracer
+    assert (tracer.is_on, tracer.compiled, learner.execution.cuda_graph) == (
         way != "plain",
         way == "compiled",
         way == "captured",
@@ -209,21 +209,19 @@ def test_captured_needs_a_gpu(run) -> None:
         run("--as", "captured")
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 def test_a_way_that_fomal_leaves_is_not_timed(run, monkeypatch) -> None:
     class Own(MLP):
         """Not known to be the same each time."""
 
     monkeypatch.setitem(command.WORKS, "own", replace(SMALL["sine"], name="own", make_network=Own))
-    plain, recorded = run("--works", "own", "--rules", "reptile", "--peers", "loop", "--as", "plain", "recorded")[
-        "rows"
-    ]
+    plain, traced = run("--works", "own", "--rules", "reptile", "--peers", "loop", "--as", "plain", "traced")["rows"]
     assert plain["status"] == "timed"
-    assert recorded["status"] == "failed"
-    assert "fomal does not run recorded: Own is not a module" in recorded["reason"]
+    assert traced["status"] == "failed"
+    assert "fomal does not run traced: Own is not known to compute the same" in traced["reason"]
 
 
-@pytest.mark.parametrize("way", ["recorded", "captured"])
+@pytest.mark.parametrize("way", ["traced", "captured"])
 def test_the_trainers_share(way: str, run, monkeypatch, capsys) -> None:
     monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
     found = run("--works", "sine", "--rules", "trainer", "--as", way)["trainer"]
@@ -247,7 +245,7 @@ def test_time_within_a_training(monkeypatch) -> None:
 
 def test_replicas(run, monkeypatch, capsys) -> None:
     monkeypatch.setitem(captured.CAPTURES, "cpu", tape)
-    found = run("--works", "sine", "--rules", "replicas", "--replicas", "2", "--as", "recorded", "captured")
+    found = run("--works", "sine", "--rules", "replicas", "--replicas", "2", "--as", "traced", "captured")
     row, graphs = found["replicas"]
     assert row["status"] == "timed"
     assert row["difference"]["float64"] < 1e-9
@@ -268,7 +266,7 @@ def test_sixteen_bits(run, monkeypatch, capsys) -> None:
 
 
 def test_memory(run, capsys) -> None:
-    rows = run("--works", "sine", "--rules", "memory", "--as", "recorded", "compiled")["memory"]
+    rows = run("--works", "sine", "--rules", "memory", "--as", "traced", "compiled")["memory"]
     timed = {row["outer_rule"]: row["peak_bytes"] for row in rows if row["status"] == "timed"}
     assert set(timed) == {"reptile", "fomaml", "query_fomaml"}
     losses = 2 * 45 * 25 * 4  # of 45 steps more and 25 tasks, one by one and joined: all that is kept of a step

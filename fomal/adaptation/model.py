@@ -113,7 +113,7 @@ class Adapted:
         few = max(1, _TOGETHER // (1 + len(support)))
         for start in range(0, 0 if transductive else len(images), few):
             x = self._inputs(images[start : start + few])
-            logits.append(objective.predict_alone(params, support[None], x[None]))
+            logits.append(objective.predict_inductive(params, support[None], x[None]))
         probabilities = torch.cat([part.float().cpu() for part in logits], 1)[0].softmax(-1)
         return Predictions([self.classes[i] for i in probabilities.argmax(-1).tolist()], probabilities)
 

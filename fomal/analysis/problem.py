@@ -9,7 +9,7 @@ import torch
 
 from fomal.engine.functional import plain_attention
 from fomal.inner import SGD
-from fomal.inner.loop import InnerLoop, take
+from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.objective import Objective
 from fomal.outer.rule import OuterRule
 from fomal.tasks.episode import Episode
@@ -74,7 +74,7 @@ class Problem:
         steps = len(self.plan) - rule.needs_query
         episode = self.episode
         if rule.needs_query:
-            query_x, query_y = (take(part, self.plan[-1]) for part in (episode.support_x, episode.support_y))
+            query_x, query_y = (gather_examples(part, self.plan[-1]) for part in (episode.support_x, episode.support_y))
             episode = episode._replace(query_x=query_x, query_y=query_y)
         inner = InnerLoop(self.objective, SGD(lr), {}, self.plan[:steps], episode)
         with plain_attention() if rule.differentiates else nullcontext():
@@ -86,7 +86,7 @@ class Problem:
         """Parameters, x and y with mini-batches and tasks in one axis, (n T, ...)."""
         index = torch.cat(self.plan)  # (n T, B)
         x, y = (part.repeat(len(self.plan), *[1] * (part.ndim - 1)) for part in self._examples())
-        return tree.stack(self.start, len(index)), take(x, index), take(y, index)
+        return tree.stack(self.start, len(index)), gather_examples(x, index), gather_examples(y, index)
 
     def _examples(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.episode.support_x, self.episode.support_y

@@ -46,7 +46,7 @@ class Tasks(Protocol):
     def signature(self) -> Hashable:
         """What the memory of one task depends on."""
 
-    def only(self, tasks: slice) -> Self:
+    def select(self, tasks: slice) -> Self:
         """The work on the tasks of the given places alone."""
 
     def sample(self, steps: int | None) -> Self:
@@ -95,7 +95,7 @@ class Chunks:
             self._fitting[key] = self.given or self._choose(kind, work, run, steps)
         while begin < tasks:
             size = min(self._fitting[key], tasks - begin)
-            found = self._attempt(run, work if size == tasks else work.only(slice(begin, begin + size)))
+            found = self._attempt(run, work if size == tasks else work.select(slice(begin, begin + size)))
             if found is None:
                 self._fitting[key] = size // 2
                 log.warning("%d %s tasks at a time do not fit into memory: going on with %d", size, kind, size // 2)
@@ -107,7 +107,7 @@ class Chunks:
         tasks, free = work.tasks, free_bytes(work.device)
         if free == math.inf:
             return sys.maxsize
-        needed = self._attempt(lambda one: task_bytes(one, run, steps), work.only(slice(0, 1))) or 1
+        needed = self._attempt(lambda one: task_bytes(one, run, steps), work.select(slice(0, 1))) or 1
         fitting = int(max(1, SHARE * free // needed))
         if fitting < tasks and kind not in self._said:
             self._said.add(kind)
@@ -143,7 +143,7 @@ def task_bytes(work: T, run: Callable[[T], object], steps: int | None = None) ->
     """The memory that `run` takes for the first task alone, beyond what is there before; leaves random states alone.
 
     T tasks take T times as much or less: what does not grow with them is counted too. Steps are run as they are
-    written, not recorded for the shape of one task.
+    written, not traced for the shape of one task.
 
     Args:
         work: on the tasks.

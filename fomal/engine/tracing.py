@@ -1,4 +1,4 @@
-"""A function over all tasks as a flat list of torch operations, recorded once for each shape and then replayed."""
+"""A function over all tasks as a flat list of torch operations, traced once for each shape and then replayed."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from fomal.utils.tree import Tree, difference
 log = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
-Recording = Callable[[list[Tensor]], Any]
+Trace = Callable[[list[Tensor]], Any]
 aten = torch.ops.aten
 
 WIDE_TOLERANCE = 1e-9
-"""How far a recording may be off in float64, relative to the norm: it sums in another order."""
+"""How far a trace may be off in float64, relative to the norm: it sums in another order."""
 NARROW_TOLERANCE = 1e-3
 """Likewise in the working precision, for most of the tasks, where rounding makes less of a difference."""
 BENT_TOLERANCE = 0.1
 """Likewise for every task: where rounding takes one of its ReLUs over the bend, all gradients below it change."""
 SHORT_TOLERANCE = 0.2
-"""Likewise for most of the tasks in 16 bits, where a recording has them and torch under `vmap` has not."""
+"""Likewise for most of the tasks in 16 bits, where a trace has them and torch under `vmap` has not."""
 SPREAD = 10
-"""How many times as far off as rounding alone takes the plain function a recording may be, up to a part of the norm."""
+"""How many times as far off as rounding alone takes the plain function a trace may be, up to a part of the norm."""
 LARGEST = 0.02
 """That part, for most of the tasks."""
 MOST_CHANGES = 20
-"""How often a network may change before recording it stops, since each recording takes a second or more."""
+"""How often a network may change before trace it stops, since each trace takes a second or more."""
 
 
-class Recorder:
-    """Records functions of a network over all tasks, and replays them.
+class Tracer:
+    """Traces functions of a network over all tasks, and replays them.
 
-    `torch.func.vmap` and `grad` are gone from a recording: what is left are their operations on stacked tensors, with
-    those of `fomal.engine.kernels` among them. A recording is compared with the function itself before it is used, in
+    `torch.func.vmap` and `grad` are gone from a trace: what is left are their operations on stacked tensors, with
+    those of `fomal.engine.kernels` among them. A trace is compared with the function itself before it is used, in
     float64 and in the working precision, for each shape; where it cannot be made or differs, functions run as they are
     written from then on, and one line says why. Results differ by rounding.
 
     Whatever the network's forward does beside torch operations happens once only, so it must be the same each time.
-    A network that draws random numbers, that has hooks, or that changes its own attributes is not recorded. Where a
-    network has changed, in its modules, their settings or hooks, it is recorded again; frozen parameters and buffers
+    A network that draws random numbers, that has hooks, or that changes its own attributes is not traced. Where a
+    network has changed, in its modules, their settings or hooks, it is traced again; frozen parameters and buffers
     are read at each replay.
 
     Args:
         network: the network.
-        wanted: False runs everything as it is written; None records a network made of known modules alone.
-        compiled: hand recordings to `torch.compile`.
+        wanted: False runs everything as it is written; None traces a network made of known modules alone.
+        compiled: hand traces to `torch.compile`.
         losses: what the functions use beside the network.
     """
 
@@ -81,8 +81,8 @@ class Recorder:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without recordings, which a copy or another process makes for itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("_recordings", "_seen", "_others")}
+        """Without traces, which a copy or another process makes for itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_traces", "_seen", "_others")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
@@ -90,8 +90,8 @@ class Recorder:
         self._forget()
 
     def _forget(self) -> None:
-        self._recordings: dict[Any, Recording] = {}
-        self._seen: Snapshot | None = None  # the network that the recordings are of
+        self._traces: dict[Any, Trace] = {}
+        self._seen: Snapshot | None = None  # the network that the traces are of
         self._others: dict[frozenset[str], Tree] = {}  # its tensors beside given parameters
 
     def __call__(self, name: Any, function: Function, *args: Any) -> Any:
@@ -111,28 +111,28 @@ class Recorder:
             return function(*args)
         leaves = [leaf.contiguous() for leaf in leaves]
         key = (name, *form, *signature(leaves), modes)
-        recording = self._recordings.get(key)
-        if recording is None:
+        trace = self._traces.get(key)
+        if trace is None:
             try:
-                recording = self._recorded(with_helpers(self.network, function), unflatten(whole_args, leaves))
+                trace = self._traced(with_helpers(self.network, function), unflatten(whole_args, leaves))
             except torch.OutOfMemoryError:  # there may be room for fewer tasks
                 raise
-            except Exception as error:  # of the network, of recording, or of the compiler: many kinds
+            except Exception as error:  # of the network, of trace, or of the compiler: many kinds
                 self._give_up(first_line(error))
-            if recording is None:
+            if trace is None:
                 return function(*args)
-            self._recordings[key] = recording
-        return recording(leaves)
+            self._traces[key] = trace
+        return trace(leaves)
 
     def _look(self) -> tuple[bool, ...]:
-        """Forget the recordings of a network that has changed since; the training modes of its modules."""
+        """Forget the traces of a network that has changed since; the training modes of its modules."""
         seen = self._seen
         now = Snapshot(self.network) if seen is None else seen.now()
         if seen is not None and now is not seen and seen.changed(now):
             self._changes += 1
             self._forget()
             if self._changes == MOST_CHANGES:
-                self._give_up(f"it has changed {MOST_CHANGES} times, and is recorded again after each change")
+                self._give_up(f"it has changed {MOST_CHANGES} times, and is traced again after each change")
         self._seen = now
         return now.modes
 
@@ -144,8 +144,8 @@ class Recorder:
         wanted = torch.is_grad_enabled()
         return {slot: t if wanted and t.requires_grad else t.detach() for slot, t in self._others[given].items()}
 
-    def _recorded(self, function: Function, args: Any) -> Recording | None:
-        """A recording, compared with the function; None where the result is not finite, and nothing can be compared."""
+    def _traced(self, function: Function, args: Any) -> Trace | None:
+        """A trace, compared with the function; None where the result is not finite, and nothing can be compared."""
         if self.wanted is None and (unknown := _unknown(self.network, self.losses)):
             raise ValueError(
                 f"{unknown} is not known to compute the same each time; model.execution.traced: true says that it does"
@@ -161,19 +161,19 @@ class Recorder:
             if _random_states() != before:
                 raise ValueError("the network draws random numbers")
             if network.changed(Snapshot(self.network)) or counts != [*map(changes, leaves)]:
-                raise ValueError("its forward changes its own attributes or buffers, as a recording would once only")
+                raise ValueError("its forward changes its own attributes or buffers, as a trace would once only")
             if losses != [*map(settings, self.losses)]:
-                raise ValueError("the loss changes its own attributes, as a recording would once only")
+                raise ValueError("the loss changes its own attributes, as a trace would once only")
             if not all(t.isfinite().all() for t in flatten(expected)[0]):
                 return None
             if (wide := _wide(function, args)) is not None:
-                _compare(record(function, wide[0])(flatten(wide[0])[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
+                _compare(make_trace(function, wide[0])(flatten(wide[0])[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
             rough = wide or _shaken(function, args)
-            recording = record(function, args, self.compiled)
+            trace = make_trace(function, args, self.compiled)
             is_narrow = _is_short(leaves) or is_short(self.network)
             most, each = (SHORT_TOLERANCE, 1.0) if is_narrow else (NARROW_TOLERANCE, BENT_TOLERANCE)
-            _compare(recording(leaves), expected, most, each, rough[1])
-        return recording
+            _compare(trace(leaves), expected, most, each, rough[1])
+        return trace
 
     def _give_up(self, reason: str) -> None:
         self.is_on = False
@@ -187,7 +187,7 @@ class Recorder:
         )
 
 
-def record(function: Function, args: Any, compiled: bool = False) -> Recording:
+def make_trace(function: Function, args: Any, compiled: bool = False) -> Trace:
     """`function` as a list of operations on tensors with the shapes of `args`, which must be contiguous.
 
     Returns:
@@ -203,7 +203,7 @@ def record(function: Function, args: Any, compiled: bool = False) -> Recording:
         results.append(skeleton(found := function(*unflatten(args, leaves))))
         return flatten(found)[0]
 
-    # One mode for all fake tensors, of which the recorder would otherwise make one for each operation.
+    # One mode for all fake tensors, of which the tracer would otherwise make one for each operation.
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     with StackedOperations(), tracing(context):
         graph = make_fx(flat)(*leaves)
@@ -232,7 +232,7 @@ def join_equals(module: GraphModule) -> None:
     """Take one for all operations on the same tensors, and for all views of a tensor with the same shape and strides.
 
     Forward and backward merge the same tensors, and `vmap` leaves many views that change nothing, each of which costs
-    as much as the launch of an operation. Random operations are not recorded; one that changes a tensor ends this.
+    as much as the launch of an operation. Random operations are not traced; one that changes a tensor ends this.
     """
     calls = [node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)]
     if any(target._schema.is_mutable for target in calls):
@@ -277,7 +277,7 @@ def _is_short(leaves: list[Tensor]) -> bool:
 
 
 def _is_transformed(leaf: Tensor) -> bool:
-    """Whether derivatives are taken of it; a recording has none of its own."""
+    """Whether derivatives are taken of it; a trace has none of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(leaf) or leaf.requires_grad
 
 
@@ -340,9 +340,9 @@ def _compare(found: Any, expected: Any, most: float, each: float, rough: Any = N
         typical = max(most, min(SPREAD * spread[middle], LARGEST)) if len(errors) > 1 else each
         if not (errors[middle] <= typical and errors[-1] <= max(each, min(SPREAD * spread[-1], 0.5))):
             raise ValueError(
-                f"what is recorded is off by {errors[-1]:.1e} of its norm, where rounding takes it {spread[-1]:.1e}"
+                f"what is traced is off by {errors[-1]:.1e} of its norm, where rounding takes it {spread[-1]:.1e}"
                 if rough is not None
-                else f"what is recorded is off by {errors[-1]:.1e} of its norm"
+                else f"what is traced is off by {errors[-1]:.1e} of its norm"
             )
 
 
@@ -393,7 +393,7 @@ def _opaque_batch_norm() -> dict[Any, Any]:
 
 
 def keep_batch_norm(module: GraphModule) -> GraphModule:
-    """Hide the batch norms of a recording from the compiler."""
+    """Hide the batch norms of a trace from the compiler."""
     for node in module.graph.nodes:
         if node.target in _opaque_batch_norm():
             node.target, kept = _opaque_batch_norm()[node.target]

@@ -63,7 +63,7 @@ def classify(inner: InnerLoop, start: Tree) -> ClassificationResult:
     """Adapt from `start` and classify the queries under both protocols, in one pass over the tasks."""
     episode, objective = inner.episode, inner.objective.for_queries()
     adapted = inner.rollout(start).end
-    alone = objective.predict_alone(adapted, episode.support_x, episode.query_x)  # (T, Q, ways)
+    alone = objective.predict_inductive(adapted, episode.support_x, episode.query_x)  # (T, Q, ways)
     together = objective.predict(adapted, episode.query_x)  # (T, Q, ways)
     right, right_together = (_accuracy(logits, episode.query_y) for logits in (alone, together))
     return ClassificationResult(alone, together, right, right_together, distance(adapted, start))

@@ -51,7 +51,7 @@ class Trajectory(NamedTuple):
     combination: Tree
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
+def gather_examples(x: Tensor, index: Tensor) -> Tensor:
     """Examples `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
@@ -122,10 +122,10 @@ class InnerLoop:
 
     def sample(self, steps: int | None) -> InnerLoop:
         """The first task's inner loop, of each run, not traced; with `steps`, so many of its steps."""
-        one = self.only(slice(0, 1))
-        return replace(one, plan=one.plan[:steps], objective=one.objective.as_written())
+        one = self.select(slice(0, 1))
+        return replace(one, plan=one.plan[:steps], objective=one.objective.eager())
 
-    def only(self, tasks: Tensor | slice) -> InnerLoop:
+    def select(self, tasks: Tensor | slice) -> InnerLoop:
         """The inner loops of the tasks of the given places alone, of each run."""
 
         def chosen(t: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class InnerLoop:
 
         return replace(self, episode=self.episode.map(chosen), plan=tuple(chosen(step) for step in self.plan))
 
-    def spread(self, start: Tree) -> Tree:
+    def expand_to_tasks(self, start: Tree) -> Tree:
         """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
         if self.replicas is None:
             return tree.stack(start, self.tasks)
@@ -152,9 +152,9 @@ class InnerLoop:
             return t.mean(0)
         return t.view(self.replicas, -1, *t.shape[1:]).mean(1)
 
-    def spread_state(self) -> State:
+    def expand_state_to_tasks(self) -> State:
         """The state before the first step, for each task."""
-        return {part: values if part == SHARED else self.spread(values) for part, values in self.state.items()}
+        return {part: values if part == SHARED else self.expand_to_tasks(values) for part, values in self.state.items()}
 
     def mean_state(self, state: State) -> State:
         """The mean over the tasks of a stacked state: how carried state leaves a meta-batch."""
@@ -170,7 +170,7 @@ class InnerLoop:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The mini-batch of each step: x (T, B, *input) and y (T, B, ...)."""
         for index in self.plan:
-            yield take(self.episode.support_x, index), take(self.episode.support_y, index)
+            yield gather_examples(self.episode.support_x, index), gather_examples(self.episode.support_y, index)
 
     def steps(self, start: Tree, onward: Trajectory | None = None) -> Iterator[Step]:
         """Adapt every task from the initialisation `start` (one set of parameters), step by step.
@@ -182,8 +182,8 @@ class InnerLoop:
         episode = self.episode
         optimizer = self.optimizer.for_tasks(episode.seed, episode.split, episode.number)
         alone, common = self.split(start)
-        everywhere = self.spread(common)
-        params, state = self.spread(alone), self.spread_state()
+        everywhere = self.expand_to_tasks(common)
+        params, state = self.expand_to_tasks(alone), self.expand_state_to_tasks()
         if onward is not None:
             params, state = self.split(onward.end)[0], onward.state
         for x, y in self.batches():
@@ -207,7 +207,7 @@ class InnerLoop:
             onward: a trajectory of the same tasks from the same initialisation, to go on from its end.
         """
         tasks = self.episode.tasks
-        end, state = self.spread(start), self.spread_state()
+        end, state = self.expand_to_tasks(start), self.expand_state_to_tasks()
         combination: Tree = {}
         losses: list[Tensor] = [] if onward is None else [onward.losses]
         if onward is not None:
@@ -224,10 +224,10 @@ class InnerLoop:
             losses = [next(iter(end.values())).new_empty(0, tasks)]
         return Trajectory(end, state, torch.cat(losses), combination)
 
-    def recorded(
+    def traced(
         self, name: Any, run: Callable[[InnerLoop, Tree], tuple[Tree, Trajectory]], start: Tree
     ) -> tuple[Tree, Trajectory]:
-        """`run(self, start)`, recorded as one function where the objective records.
+        """`run(self, start)`, traced as one function where the objective traces.
 
         Args:
             name: tells what `run` does, with all that it depends on beside its arguments.
@@ -240,7 +240,7 @@ class InnerLoop:
         def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Tensor) -> tuple[Any, ...]:
             fields = ("support_x", "support_y", "query_x", "query_y")
             tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))  # type: ignore[arg-type]
-            inner = replace(self, objective=self.objective.as_written(), state=state, plan=plan, episode=tasks)
+            inner = replace(self, objective=self.objective.eager(), state=state, plan=plan, episode=tasks)
             gradient, trajectory = run(inner, start)
             return gradient, *trajectory
 

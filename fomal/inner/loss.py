@@ -20,7 +20,7 @@ class Loss(ABC):
     """A task's loss as a function of the network, which a loss may run on any inputs, and any number of times.
 
     A loss is a value: `__call__` draws no random numbers and changes nothing, so that it may be vectorised over tasks,
-    recorded and differentiated twice. Settings are attributes; what is computed with one is never used with another.
+    traced and differentiated twice. Settings are attributes; what is computed with one is never used with another.
     """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fomal.engine.functional import forward, full_precision, helpers, plain_attention, with_helpers
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.inner.loss import Loss, mean_loss
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
@@ -40,7 +40,7 @@ class Objective:
     Args:
         network: any module; reached through `torch.func.functional_call`.
         vectorize: True or False to decide; None tries and falls back, with one line that says why.
-        recorder: records what is vectorised, and replays it; None: everything runs as it is written.
+        tracer: traces what is vectorised, and replays it; None: everything runs as it is written.
         loss: of the tasks; None: by the targets, see `loss_for`.
         query_loss: of their query sets; None: the same.
     """
@@ -49,12 +49,12 @@ class Objective:
         self,
         network: nn.Module,
         vectorize: bool | None = None,
-        recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
         loss: Loss | None = None,
         query_loss: Loss | None = None,
     ) -> None:
         self.network, self.loss, self.query_loss = network, loss, query_loss
-        self.recorder = recorder
+        self.tracer = tracer
         self.vectorize = vectorize
         self.is_given = vectorize is not None
         self._order = 0  # up to which order of derivatives `vectorize` is settled
@@ -87,10 +87,10 @@ class Objective:
         """Decide again at the next use, e.g. because the data are others."""
         self._order = 0
 
-    def as_written(self) -> Objective:
-        """The same without recordings."""
+    def eager(self) -> Objective:
+        """The same without traces."""
         plain = copy(self)
-        plain.recorder = None
+        plain.tracer = None
         return plain
 
     def is_of(self, network: nn.Module, loss: Loss | None, query_loss: Loss | None) -> bool:
@@ -248,7 +248,7 @@ class Objective:
 
         def step(params: Tree, state: State, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, State, Tree, Tensor]:
             gradient, loss = self._gradients(params, x, y, common)
-            return *optimizer.update(gradient, state, params), gradient, loss  # a recording is judged by its gradient
+            return *optimizer.update(gradient, state, params), gradient, loss  # a trace is judged by its gradient
 
         name = "step", settings(optimizer), self.losses_used()
         moved, state, _, loss = self.run(name, step, params, state, x, y, common)
@@ -281,7 +281,7 @@ class Objective:
         """Predictions (T, B, *prediction) with all of a task's inputs x (T, B, *input) in one forward pass."""
         return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), params, x)  # type: ignore[no-any-return]
 
-    def predict_alone(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
+    def predict_inductive(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
         """Predictions (T, Q, *prediction), each query forwarded together with the whole support set and nothing else.
 
         Args:
@@ -303,10 +303,10 @@ class Objective:
         return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
 
     def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, recorded where that is on; see `Recorder.__call__`."""
-        if self.recorder is None or not self.vectorize or self._is_settling:
+        """`function(*args)`, traced where that is on; see `Tracer.__call__`."""
+        if self.tracer is None or not self.vectorize or self._is_settling:
             return function(*args)
-        return self.recorder(name, function, *args)
+        return self.tracer(name, function, *args)
 
     def _forward(self, params: Tree, x: Tensor) -> Tensor:
         return forward(self.network, params, x)  # type: ignore[no-any-return]

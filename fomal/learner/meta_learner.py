@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fomal.engine.chunking import Chunks
 from fomal.engine.cuda_graph import CAPTURES, Capture, Captured
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.evaluation.metrics import TaskMean, merge_over_processes
 from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate
-from fomal.inner.loop import InnerLoop, take
+from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
 from fomal.inner.loss_of_targets import looks_like_labels
 from fomal.inner.objective import Objective
@@ -171,8 +171,8 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         if self.adapted is not None:
             self._restrict(self.adapted)
         how, losses = self.execution, [loss for loss in (self.loss, self.query_loss) if loss is not None]
-        recorder = Recorder(self.network, how.traced, how.compiled, losses)
-        self.objective = Objective(self.network, how.vectorize, recorder, self.loss, self.query_loss)
+        tracer = Tracer(self.network, how.traced, how.compiled, losses)
+        self.objective = Objective(self.network, how.vectorize, tracer, self.loss, self.query_loss)
 
     def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
         """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
@@ -258,7 +258,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         if inner.episode.number.device.type != "cpu":
             inner.episode.to("cpu").check()  # here there may be a wait
         episode = inner.episode
-        x, y = (take(part[:2], inner.plan[0][:2]) for part in (episode.support_x, episode.support_y))
+        x, y = (gather_examples(part[:2], inner.plan[0][:2]) for part in (episode.support_x, episode.support_y))
         query = (episode.query_x[:2], episode.query_y[:2]) if with_query else ()
         for part, some_x, some_y in self.objective.parts(x, y, *query):
             check_loss(part.loss_of(some_y), checked(self.network, some_y), some_x[0], some_y[0], episode.ways)

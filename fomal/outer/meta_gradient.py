@@ -95,7 +95,7 @@ def meta_gradient(
         nothing = found.with_tensors([torch.zeros_like(t) for t in found.tensors()])
         return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
     index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
-    good = _mean_over_chunks(rule, inner.only(index), start, chunks)
+    good = _mean_over_chunks(rule, inner.select(index), start, chunks)
     return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
 
 
@@ -113,7 +113,7 @@ def varied(batch: Episode | Numbers, phi: Tree, state: State) -> tuple[Episode |
 
 def bad_tasks(rule: OuterRule, inner: InnerLoop, start: Tree) -> list[int]:
     """The places of the tasks whose loss, outer gradient or inner state is not finite, found by running each alone."""
-    return [t for t in range(inner.tasks) if not _run(rule, inner.only(slice(t, t + 1)), start).is_finite()]
+    return [t for t in range(inner.tasks) if not _run(rule, inner.select(slice(t, t + 1)), start).is_finite()]
 
 
 def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradient, Tensor]:
@@ -149,7 +149,7 @@ def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Ch
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
     if rule.differentiates:
         with plain_attention():
-            gradient, trajectory = inner.recorded(settings(rule), rule, start)
+            gradient, trajectory = inner.traced(settings(rule), rule, start)
     else:
         gradient, trajectory = rule(inner, start)
     ends = trajectory.losses[0], trajectory.losses[-1]  # [[0, -1]] would wait for the device

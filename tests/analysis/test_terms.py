@@ -6,7 +6,7 @@ import torch
 from fomal.analysis.problem import Problem
 from fomal.analysis.terms import _jackknife, estimate_terms
 from fomal.data.sinusoid import SinusoidDataModule
-from fomal.inner.loop import take
+from fomal.inner.loop import gather_examples
 from fomal.inner.objective import Objective
 from fomal.models import MLP
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
@@ -54,7 +54,7 @@ def test_both_terms_equal_a_loop_over_tasks_and_pairs_of_mini_batches():
     for problem in drawn:
         for t in range(2):
             data = [
-                [take(part, i)[t] for part in (problem.episode.support_x, problem.episode.support_y)]
+                [gather_examples(part, i)[t] for part in (problem.episode.support_x, problem.episode.support_y)]
                 for i in problem.plan
             ]
             params = {n: p.clone().requires_grad_() for n, p in start.items()}

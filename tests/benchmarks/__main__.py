@@ -1,7 +1,7 @@
 """The same work through fomal and through each peer that is installed, in turn, in one process.
 
     python -m tests.benchmarks [--works omniglot_5way ...] [--rules reptile ...] [--peers loop ...]
-                               [--as recorded ...] [--precision 32 ...] [--device cpu] [--json FILE]
+                               [--as traced ...] [--precision 32 ...] [--device cpu] [--json FILE]
 
 Every pair is first checked to compute the same: in float64, and in float32 as it is timed. Then the two run
 alternately, and the peer's time is given as a multiple of fomal's, round by round. A meta-iteration is its inner loops
@@ -10,8 +10,8 @@ predicts under both protocols; "fit" is a whole training with Reptile, through t
 drawn in both. "fomaml" is the released Reptile code's, "query_fomaml" Finn et al.'s first-order MAML. Operations are
 those that torch.utils.flop_counter counts in the plain loop: convolutions and matrix products.
 
---as says how fomal runs: "plain" as its functions are written, "recorded" as it does unless told otherwise, "compiled"
-with its recordings compiled, "captured" as a CUDA graph, with the drawing of the mini-batches and, in "fit" and
+--as says how fomal runs: "plain" as its functions are written, "traced" as it does unless told otherwise, "compiled"
+with its traces compiled, "captured" as a CUDA graph, with the drawing of the mini-batches and, in "fit" and
 "trainer", of the tasks in it, and in "fit" ten meta-iterations per step of the Trainer. Where fomal falls back to
 another way, the row fails.
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE", help=", ".join(RULES))
     made.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     made.add_argument(
-        "--as", nargs="+", choices=RUN_AS, default=["recorded"], dest="run_as", metavar="WAY", help=", ".join(RUN_AS)
+        "--as", nargs="+", choices=RUN_AS, default=["traced"], dest="run_as", metavar="WAY", help=", ".join(RUN_AS)
     )
     made.add_argument("--precision", nargs="+", choices=("32", "bf16"), default=["32"], help="default: 32")
     made.add_argument("--rounds", type=int, default=10, help="default: 10")

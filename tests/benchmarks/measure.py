@@ -49,7 +49,7 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def sides(work: Work, kind: str, peer: Peer, prepare: Callable[..., Run] | None = None) -> tuple[Run, Run]:
     """fomal's and the peer's, ready to run; `prepare` is the peer's, which does not depend on how fomal runs."""
-    theirs = (prepare or peer.prepare)(replace(work, run_as="recorded"), kind)
+    theirs = (prepare or peer.prepare)(replace(work, run_as="traced"), kind)
     return ours.prepare(work, kind, peer.optimizers[kind]), theirs
 
 

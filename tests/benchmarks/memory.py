@@ -38,7 +38,7 @@ def peaks(work: Work, rule: str) -> dict[str, Any]:
 
 
 def peak(work: Work, rule: str, optimizer: str = "adam") -> int:
-    """Bytes beyond those of the tasks, the weights and the recording."""
+    """Bytes beyond those of the tasks, the weights and the trace."""
     run = ours.prepare(work, rule, optimizer)
     run()
     if work.device != "cuda":

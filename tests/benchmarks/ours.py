@@ -21,7 +21,7 @@ from fomal.outer.meta_gradient import meta_gradient
 from fomal.tasks.datamodule import EpisodeDataModule
 from tests.benchmarks.works import Work
 
-WARM_UP = 4  # meta-iterations of a training that do not count: they record, compile and capture
+WARM_UP = 4  # meta-iterations of a training that do not count: they trace, compile and capture
 
 
 def prepare(work: Work, kind: str, optimizer: str) -> Callable[[], dict[str, Tensor]]:
@@ -61,8 +61,8 @@ def part(learner: MetaLearner, work: Work, kind: str) -> Callable[[], dict[str, 
 
 def confirm(learner: MetaLearner, run_as: str) -> None:
     """Raise RuntimeError where fomal has fallen back to another way than is timed."""
-    recorder = learner.objective.recorder
-    reason = (recorder.reason if recorder else "") or (learner.captured.reason if learner.captured else "")
+    tracer = learner.objective.tracer
+    reason = (tracer.reason if tracer else "") or (learner.captured.reason if learner.captured else "")
     if reason:
         raise RuntimeError(f"fomal does not run {run_as}: {reason}")
 

@@ -63,7 +63,7 @@ def ratios(work: Work, count: int, rounds: int) -> dict[str, Any]:
 
 
 def alone(work: Work, count: int) -> list[Any]:
-    """Each replica as a run of its own; what is recorded for one holds for all."""
+    """Each replica as a run of its own; what is traced for one holds for all."""
     found, first = [], None
     for seed in range(count):
         learner, data = work.learner("fit", "adam", seed), copy(work.data)

@@ -33,7 +33,7 @@ KINDS = (*RULES, "evaluation", "fit")
 
 RUN_AS: dict[str, dict[str, bool]] = {
     "plain": {"traced": False},
-    "recorded": {},
+    "traced": {},
     "compiled": {"compiled": True},
     "captured": {"cuda_graph": True},
 }
@@ -88,7 +88,7 @@ class Work:
     eval_inner_steps: int = 50
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    run_as: str = "recorded"
+    run_as: str = "traced"
     bf16: bool = False
 
     @cached_property

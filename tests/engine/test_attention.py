@@ -1,4 +1,4 @@
-"""Networks with attention: vectorised, recorded, and differentiated twice."""
+"""Networks with attention: vectorised, traced, and differentiated twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fomal.tasks.episode import Episode
 from fomal.tasks.sampler import minibatch_plan
 from fomal.utils import tree
 
-pytestmark = pytest.mark.recorded
+pytestmark = pytest.mark.traced
 
 
 class Attends(nn.Module):
@@ -76,18 +76,14 @@ def test_rules_go_through_attention(rule: OuterRule, encoder: bool) -> None:
     torch.testing.assert_close(analytic, numeric, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize(("rule", "encoder"), [(MAML(), False), (QueryFOMAML(), True)])
-def test_training_and_evaluation_are_vectorised_without_a_warning(
-    rule: OuterRule, encoder: bool, recorded: bool
-) -> None:
+def test_training_and_evaluation_are_vectorised_without_a_warning(rule: OuterRule, encoder: bool, traced: bool) -> None:
     network, episode = problem(encoder)
     results = []
     for vectorize in (None, False):
         steps = {"train": InnerSchedule(1), "eval": InnerSchedule(2, 5)}
-        learner = MetaLearner(
-            network, rule, SGD(0.1), execution=Execution(vectorize=vectorize, traced=recorded), **steps
-        )
+        learner = MetaLearner(network, rule, SGD(0.1), execution=Execution(vectorize=vectorize, traced=traced), **steps)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="There is a performance drop")
             phi = learner.initialisation()
@@ -96,7 +92,7 @@ def test_training_and_evaluation_are_vectorised_without_a_warning(
                 results.append((gradient, learner.eval().evaluate(episode)))
         if vectorize is None:
             assert learner.objective.vectorize
-            assert learner.objective.recorder.is_on is recorded
+            assert learner.objective.tracer.is_on is traced
     (gradient, result), (wanted_gradient, wanted_result) = results
     for name, value in wanted_gradient.items():
         torch.testing.assert_close(gradient[name], value, rtol=1e-8, atol=1e-10)

@@ -90,7 +90,7 @@ def wide_learner(*args: Any, **settings: Any) -> Any:
 def peak(rule: Any, tasks: int = 4, make: Any = wide_learner, chunks: Chunks | None = None, **settings: Any) -> int:
     learner = make(rule, Adam(0.01, eps_root=1e-8), **merged({"execution": {"vectorize": True}}, settings))
     inner, phi = inner_loop(learner, tasks)
-    meta_gradient(rule, inner, phi, skip=False, chunks=chunks)  # what is recorded takes more at its first use
+    meta_gradient(rule, inner, phi, skip=False, chunks=chunks)  # what is traced takes more at its first use
     return peak_bytes(lambda: meta_gradient(rule, inner, phi, skip=False, chunks=chunks))
 
 
@@ -133,15 +133,15 @@ def test_memory_of_chunks_is_that_of_a_chunk(rule: Any) -> None:
     assert chunked < 1.5 * alone  # beside it is the mean
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("make", [wide_learner, blob_learner], ids=name)
 @pytest.mark.parametrize("rule", RULES, ids=name)
 def test_a_task_takes_its_share_of_the_peak(rule: Any, make: Any, vectorize: bool) -> None:
     inner, phi = inner_loop(make(rule, SGD(0.01), execution={"vectorize": vectorize}), 8)
     estimate = task_bytes(inner, lambda part: rule(part, phi))
-    rule(inner, phi)  # what is recorded takes more at its first use
-    # Of what is recorded too much: an estimate is of functions as they are written, which keep more.
+    rule(inner, phi)  # what is traced takes more at its first use
+    # Of what is traced too much: an estimate is of functions as they are written, which keep more.
     assert 0.5 <= estimate / (peak_bytes(lambda: rule(inner, phi)) / 8) <= 2.5
 
 

@@ -24,7 +24,7 @@ from fomal.tasks.sampler import SPLITS
 from tests.helpers.groups import merged
 from tests.helpers.learners import Blobs, assert_same, blob_learner, sine_learner, trainer, weights
 from tests.helpers.poisoned import Poisoned
-from tests.helpers.recording import tape, traced
+from tests.helpers.trace import tape, traced
 
 CASES = [
     (Reptile(), Adam(0.01, beta1=0.5)),

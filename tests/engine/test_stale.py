@@ -1,4 +1,4 @@
-"""Nothing that was found of a network is used after the network has changed: recordings, and how to run over tasks."""
+"""Nothing that was found of a network is used after the network has changed: traces, and how to run over tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fomal.engine.tracing import MOST_CHANGES, Recorder
+from fomal.engine.tracing import MOST_CHANGES, Tracer
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
@@ -22,7 +22,7 @@ from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.tree import detach, stack
 from tests.helpers.episodes import classification_episode
 
-pytestmark = pytest.mark.recorded
+pytestmark = pytest.mark.traced
 
 
 class Settings:
@@ -103,27 +103,27 @@ def made(parts: Any) -> Any:
     return network
 
 
-def adapted(network: nn.Module, recorder: Recorder | None) -> Tensor:
+def adapted(network: nn.Module, tracer: Tracer | None) -> Tensor:
     params = {n: p for n, p in detach(dict(network.named_parameters())).items() if n.startswith("head")}
     episode = classification_episode()
     with torch.no_grad():
-        return Objective(network, True, recorder).predict(stack(params, episode.tasks), episode.support_x)
+        return Objective(network, True, tracer).predict(stack(params, episode.tasks), episode.support_x)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen_by_recordings(change: str, parts: Any) -> None:
+def test_a_change_is_seen_by_traces(change: str, parts: Any) -> None:
     network = made(parts)
-    recorder = Recorder(network, True)
-    before = adapted(network, recorder)
+    tracer = Tracer(network, True)
+    before = adapted(network, tracer)
     torch.testing.assert_close(before, adapted(network, None), rtol=1e-12, atol=1e-12)
-    assert recorder._recordings
+    assert tracer._traces
     with torch.no_grad():
         CHANGES[change](network)
     expected = adapted(network, None)
     assert (expected - before).norm() > 1e-2 * before.norm()
     for _ in range(2):
-        torch.testing.assert_close(adapted(network, recorder), expected, rtol=1e-12, atol=1e-12)
-    assert recorder.is_on is ("hook" not in change)
+        torch.testing.assert_close(adapted(network, tracer), expected, rtol=1e-12, atol=1e-12)
+    assert tracer.is_on is ("hook" not in change)
 
 
 @pytest.fixture
@@ -135,40 +135,40 @@ def hooked() -> Iterator[None]:
 
 def test_hooks_of_all_modules_are_seen(parts: Any, request: pytest.FixtureRequest) -> None:
     network = made(parts)
-    recorder = Recorder(network, True)
-    adapted(network, recorder)
+    tracer = Tracer(network, True)
+    adapted(network, tracer)
     request.getfixturevalue("hooked")
-    torch.testing.assert_close(adapted(network, recorder), adapted(network, None), rtol=1e-12, atol=1e-12)
-    assert not recorder.is_on
+    torch.testing.assert_close(adapted(network, tracer), adapted(network, None), rtol=1e-12, atol=1e-12)
+    assert not tracer.is_on
 
 
 def test_a_changed_class_is_seen(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network = made(parts)
-    recorder = Recorder(network, True)
-    adapted(network, recorder)
+    tracer = Tracer(network, True)
+    adapted(network, tracer)
     monkeypatch.setattr(nn.LeakyReLU, "forward", lambda self, x: x.square())
-    torch.testing.assert_close(adapted(network, recorder), adapted(network, None), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapted(network, tracer), adapted(network, None), rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_unchanged_is_recorded_once(parts: Any) -> None:
+def test_what_is_unchanged_is_traced_once(parts: Any) -> None:
     network = made(parts)
-    recorder = Recorder(network, True)
+    tracer = Tracer(network, True)
     for mode in (True, False, True, False):
         network.train(mode)
-        adapted(network, recorder)
-    assert len(recorder._recordings) == 2
-    assert recorder._changes == 0
+        adapted(network, tracer)
+    assert len(tracer._traces) == 2
+    assert tracer._changes == 0
 
 
-def test_a_network_that_changes_all_the_time_is_recorded_no_more(parts: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_network_that_changes_all_the_time_is_traced_no_more(parts: Any, caplog: pytest.LogCaptureFixture) -> None:
     network = made(parts)
-    recorder = Recorder(network, True)
-    recorder._changes = MOST_CHANGES - 1
-    adapted(network, recorder)
+    tracer = Tracer(network, True)
+    tracer._changes = MOST_CHANGES - 1
+    adapted(network, tracer)
     network.scale = 7.0
-    torch.testing.assert_close(adapted(network, recorder), adapted(network, None), rtol=1e-12, atol=1e-12)
-    assert "it has changed 20 times, and is recorded again after each change" in caplog.text
-    assert not recorder.is_on
+    torch.testing.assert_close(adapted(network, tracer), adapted(network, None), rtol=1e-12, atol=1e-12)
+    assert "it has changed 20 times, and is traced again after each change" in caplog.text
+    assert not tracer.is_on
 
 
 class Counting(nn.Module):
@@ -188,12 +188,12 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["attribute", "buffer"])
-def test_a_forward_that_changes_its_network_is_not_recorded(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_forward_that_changes_its_network_is_not_traced(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     network = Counting(kind).double()
-    recorder = Recorder(network, True)
-    adapted(network, recorder)
-    assert "its forward changes its own attributes or buffers, as a recording would once only" in caplog.text
-    assert not recorder.is_on
+    tracer = Tracer(network, True)
+    adapted(network, tracer)
+    assert "its forward changes its own attributes or buffers, as a trace would once only" in caplog.text
+    assert not tracer.is_on
 
 
 def test_how_to_run_over_tasks_is_decided_again_where_the_network_has_changed(caplog: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.inner import SGD, Adam
 from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
@@ -24,7 +24,7 @@ from fomal.tasks.sampler import minibatch_plan
 from fomal.utils.tree import Tree, detach
 from tests.helpers.learners import trainer
 
-pytestmark = pytest.mark.recorded
+pytestmark = pytest.mark.traced
 
 WAYS, WIDTH = 3, 4
 
@@ -144,27 +144,27 @@ def problem(make: Any) -> tuple[nn.Module, Tree, Episode]:
 
 
 def loop_of(network: nn.Module, episode: Episode, execution: str) -> InnerLoop:
-    recorder = Recorder(network, True) if execution == "recorded" else None
-    objective = Objective(network, execution != "looped", recorder)
+    tracer = Tracer(network, True) if execution == "traced" else None
+    objective = Objective(network, execution != "looped", tracer)
     plan = minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], STEPS, 4)
     return InnerLoop(objective, SGD(LR), {}, plan, episode)
 
 
 @pytest.mark.parametrize("make", NETWORKS)
-@pytest.mark.parametrize("execution", ["looped", "vectorised", "recorded"])
+@pytest.mark.parametrize("execution", ["looped", "vectorised", "traced"])
 def test_outer_gradients_are_those_of_one_parameter(make: Any, execution: str) -> None:
     network, start, episode = problem(make)
     before = dict(network.named_parameters(remove_duplicate=False))
     loop = loop_of(network, episode, execution)
-    for rule in RULES if execution != "recorded" else [Reptile(), MAML()]:
+    for rule in RULES if execution != "traced" else [Reptile(), MAML()]:
         wanted = expected(rule, network, loop, start)
-        found = loop.recorded(type(rule), rule, start)[0] if rule.differentiates else rule(loop, start)[0]
+        found = loop.traced(type(rule), rule, start)[0] if rule.differentiates else rule(loop, start)[0]
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13)
-    if loop.objective.recorder:
-        assert loop.objective.recorder.is_on
-        assert loop.objective.recorder._recordings
+    if loop.objective.tracer:
+        assert loop.objective.tracer.is_on
+        assert loop.objective.tracer._traces
     assert all(network.get_parameter(name) is p for name, p in before.items())  # nothing is left swapped
     for name, p in network.named_parameters():
         assert torch.equal(p, start[name])
@@ -249,11 +249,11 @@ def test_a_name_that_is_not_the_first_is_refused() -> None:
         Objective(network, False).predict(every, episode.support_x[:1])
 
 
-def test_a_copy_of_a_learner_has_its_own_ties_and_recordings() -> None:
+def test_a_copy_of_a_learner_has_its_own_ties_and_traces() -> None:
     network, _, episode = problem(Tied)
     learner = MetaLearner(network, Reptile(), SGD(LR), eval=InnerSchedule(1, 5), execution=Execution(traced=True))
     expected = learner.evaluate(episode).logits
     other = copy.deepcopy(learner)
-    assert not other.objective.recorder._recordings
+    assert not other.objective.tracer._traces
     assert other.network.decode.weight is other.network.encode.weight
     torch.testing.assert_close(other.evaluate(episode).logits, expected, rtol=1e-10, atol=1e-12)

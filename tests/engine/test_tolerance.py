@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_interpreter_stack
 
-from fomal.engine import tracing as recorded
+from fomal.engine import tracing as traced
 from fomal.engine.functional import full_precision
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
@@ -22,7 +22,7 @@ from fomal.outer import Reptile
 from fomal.utils import tree
 from tests.helpers.episodes import classification_episode
 
-pytestmark = pytest.mark.recorded
+pytestmark = pytest.mark.traced
 
 
 class Short(nn.Module):
@@ -42,35 +42,35 @@ def sensitive(*more: nn.Module) -> tuple[nn.Module, Any, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("more", [[], [Short()]], ids=["float64", "float32 alone"])
-def test_a_sensitive_network_is_recorded(more: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Its recording is off by more than a thousandth, as another order of the sums is in the plain functions."""
+def test_a_sensitive_network_is_traced(more: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Its trace is off by more than a thousandth, as another order of the sums is in the plain functions."""
     network, params, x, y = sensitive(*more)
-    recorder = Recorder(network, True)
-    found = Objective(network, True, recorder).gradients(params, x, y)[0]
+    tracer = Tracer(network, True)
+    found = Objective(network, True, tracer).gradients(params, x, y)[0]
     expected = Objective(network, True).gradients(params, x, y)[0]
     error, scale = tree.difference(found, expected)
     assert 1e-3 < error / scale < 0.1
-    assert recorder.is_on
+    assert tracer.is_on
     assert not caplog.records
 
 
 @pytest.mark.parametrize(("more", "wrong"), [([], torch.float64), ([], torch.float32), ([Short()], torch.float32)])
-def test_a_recording_that_is_wrong_is_found_even_so(
+def test_a_traces_that_is_wrong_is_found_even_so(
     more: Any, wrong: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    honest = recorded.record
+    honest = traced.make_trace
 
     def wrongly(*args: Any) -> Any:
         replay = honest(*args)
         change = lambda t: t * 1.04 if t.dtype == wrong else t  # noqa: E731
         return lambda leaves: torch.utils._pytree.tree_map(change, replay(leaves))
 
-    monkeypatch.setattr(recorded, "record", wrongly)
+    monkeypatch.setattr(traced, "make_trace", wrongly)
     network, params, x, y = sensitive(*more)
-    recorder = Recorder(network, True)
-    found = Objective(network, True, recorder).gradients(params, x, y)
-    assert not recorder.is_on
-    assert "what is recorded is off by" in caplog.text
+    tracer = Tracer(network, True)
+    found = Objective(network, True, tracer).gradients(params, x, y)
+    assert not tracer.is_on
+    assert "what is traced is off by" in caplog.text
     torch.testing.assert_close(found, Objective(network, True).gradients(params, x, y), rtol=0, atol=0)
 
 
@@ -127,7 +127,7 @@ def test_data_that_are_not_finite_are_named_and_not_called_a_network_that_cannot
     result = learner.evaluate(episode)
     assert result.logits.isfinite().all()
     assert learner.objective.vectorize
-    assert learner.objective.recorder.is_on
+    assert learner.objective.tracer.is_on
     assert not [record for record in caplog.records if record.name.startswith("fomal")]
 
 

@@ -1,4 +1,4 @@
-"""A recording does what the function does, or is not used."""
+"""A trace does what the function does, or is not used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fomal.engine import tracing as recorded
-from fomal.engine.tracing import Recorder
+from fomal.engine import tracing as traced
+from fomal.engine.tracing import Tracer
 from fomal.inner import SGD, SGLD, Adam
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
@@ -21,7 +21,7 @@ from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile
 from fomal.utils.tree import difference
 from tests.helpers.learners import Blobs, assert_same, blob_learner, trainer, weights
 
-pytestmark = pytest.mark.recorded
+pytestmark = pytest.mark.traced
 
 TASKS, BATCH = 3, 4
 
@@ -69,25 +69,25 @@ def close(found: Any, expected: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_recordings_are_the_functions(name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_traces_are_the_functions(name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     network, params, x, y = problem(name, dtype)
-    recorder = Recorder(network)
-    plain, quick = Objective(network, True), Objective(network, True, recorder)
+    tracer = Tracer(network)
+    plain, quick = Objective(network, True), Objective(network, True, tracer)
     optimizer = Adam(1e-2, eps=1e-2)  # with a small eps rounding decides where gradients are next to zero
     state = {
         "shared": {"steps": torch.tensor(3.0).double()},
         "second_moment": {n: p.square() for n, p in params.items()},
     }
     with caplog.at_level(logging.WARNING):
-        for turn in range(3):  # recorded, and replayed on other numbers
+        for turn in range(3):  # traced, and replayed on other numbers
             x, params = x + 0.1 * turn, {n: p * (1 + 0.1 * turn) for n, p in params.items()}
             close(quick.gradients(params, x, y), plain.gradients(params, x, y), dtype)
             close(quick.losses(params, x, y), plain.losses(params, x, y), dtype)
             close(quick.predict(params, x), plain.predict(params, x), dtype)
-            close(quick.predict_alone(params, x, x[:, :2]), plain.predict_alone(params, x, x[:, :2]), dtype)
+            close(quick.predict_inductive(params, x, x[:, :2]), plain.predict_inductive(params, x, x[:, :2]), dtype)
             close(quick.step(optimizer, params, state, x, y, {}), plain.step(optimizer, params, state, x, y, {}), dtype)
     assert not lines(caplog)
-    assert len(recorder._recordings) == 5
+    assert len(tracer._traces) == 5
 
 
 def test_the_gradient_by_the_images_is_never_computed() -> None:
@@ -101,9 +101,9 @@ def test_the_gradient_by_the_images_is_never_computed() -> None:
                 seen.append(args[-1][:2])
             return func(*args, **(kwargs or {}))
 
-    recording = recorded.record(objective.gradients, (params, x, y))
+    trace = traced.make_trace(objective.gradients, (params, x, y))
     with Watch():
-        recording([*params.values(), x, y])
+        trace([*params.values(), x, y])
     assert seen == [[True, True]] * 3 + [[False, True]]
     seen.clear()
     with Watch():
@@ -113,7 +113,7 @@ def test_the_gradient_by_the_images_is_never_computed() -> None:
 
 @pytest.mark.parametrize("inner", [SGD(0.05, momentum=0.5), Adam(0.01, eps=1e-3), SGLD(0.02, 1e-3)])
 @pytest.mark.parametrize("rule", [Reptile(), FOMAML(tail_shots=1), QueryFOMAML(), MAML()])
-def test_a_recorded_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -> None:
+def test_a_traced_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -> None:
     if rule.differentiates and isinstance(inner, Adam):
         inner = Adam(0.01, eps=1e-3, eps_root=1e-8)
     found = []
@@ -123,18 +123,18 @@ def test_a_recorded_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -
         run = trainer(3, precision="64-true")
         run.fit(learner, datamodule=data)
         run.test(learner, datamodule=data, verbose=False)
-        found.append((weights(learner), learner.carried, learner.results["metrics"], learner.objective.recorder))
-    (plain, state, figures, _), (quick, quick_state, quick_figures, recorder) = found
-    assert recorder is not None
-    assert recorder.is_on
-    assert recorder._recordings
+        found.append((weights(learner), learner.carried, learner.results["metrics"], learner.objective.tracer))
+    (plain, state, figures, _), (quick, quick_state, quick_figures, tracer) = found
+    assert tracer is not None
+    assert tracer.is_on
+    assert tracer._traces
     for name, value in plain.items():
         torch.testing.assert_close(quick[name], value, rtol=1e-8, atol=1e-9)
     close(quick_state, state, torch.float64)
     assert quick_figures == pytest.approx(figures, rel=1e-6)
 
 
-def test_a_recorded_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
+def test_a_traced_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
     def fitted(steps: int, ckpt_path: Path | None = None) -> Any:
         learner = blob_learner(FOMAML(tail_shots=1), Adam(0.01), outer={"final": 1.0})
         run = trainer(steps)
@@ -145,15 +145,15 @@ def test_a_recorded_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path
     whole = fitted(4)
     fitted(2)
     resumed = fitted(4, tmp_path / "last.ckpt")
-    assert resumed.objective.recorder._recordings
+    assert resumed.objective.tracer._traces
     assert_same(weights(resumed), weights(whole))
     assert_same(resumed.carried["second_moment"], whole.carried["second_moment"])
 
 
-def test_every_autocast_and_mode_has_a_recording_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_autocast_and_mode_has_a_traces_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     network, params, x, y = problem("stride", torch.float32)
-    recorder = Recorder(network)
-    quick, plain = Objective(network, True, recorder), Objective(network, True)
+    tracer = Tracer(network)
+    quick, plain = Objective(network, True, tracer), Objective(network, True)
     expected = quick.gradients(params, x, y)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16), caplog.at_level(logging.WARNING):
         found = quick.gradients(params, x, y)[0]
@@ -162,7 +162,7 @@ def test_every_autocast_and_mode_has_a_recording_of_its_own(caplog: pytest.LogCa
     assert 1e-4 < error / scale < 0.5  # in 16 bits, convolutions too; batch norm over four examples makes more of it
     network.eval()
     close(quick.gradients(params, x, y), plain.gradients(params, x, y), torch.float32)
-    assert len(recorder._recordings) == 3
+    assert len(tracer._traces) == 3
 
 
 class Own(nn.Module):
@@ -200,7 +200,7 @@ def test_what_is_not_sure_to_be_the_same_each_time_runs_as_it_is_written(
     params = {n: p.detach().expand(TASKS, *p.shape) for n, p in network.named_parameters()}
     x = torch.randn(TASKS, BATCH, 2, 8, 8)
     with caplog.at_level(logging.WARNING):
-        objective = Objective(network, True, Recorder(network, wanted))
+        objective = Objective(network, True, Tracer(network, wanted))
         for _ in range(2):
             random.seed(0)
             torch.manual_seed(0)
@@ -212,23 +212,23 @@ def test_what_is_not_sure_to_be_the_same_each_time_runs_as_it_is_written(
     assert line.startswith(f"Own runs as it is written, which is slower (same results): {reason}")
 
 
-def test_a_users_own_network_is_recorded_where_it_is_said_to_be_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_users_own_network_is_traced_where_it_is_said_to_be_the_same(caplog: pytest.LogCaptureFixture) -> None:
     network = Own()
-    recorder = Recorder(network, True)
+    tracer = Tracer(network, True)
     params = {n: p.detach().expand(TASKS, *p.shape) for n, p in network.named_parameters()}
     x = torch.randn(TASKS, BATCH, 2, 8, 8)
     with caplog.at_level(logging.WARNING):
-        found = Objective(network, True, recorder).predict(params, x)
+        found = Objective(network, True, tracer).predict(params, x)
     close(found, Objective(network, True).predict(params, x), torch.float32)
-    assert len(recorder._recordings) == 1
+    assert len(tracer._traces) == 1
     assert not lines(caplog)
 
 
 @pytest.mark.parametrize("case", ["cannot", "differs", "differs in one task"])
-def test_what_cannot_be_recorded_or_differs_runs_plainly_and_says_so(
+def test_what_cannot_be_traced_or_differs_runs_plainly_and_says_so(
     case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    honest = recorded.record
+    honest = traced.make_trace
 
     def wrongly(function: Any, args: Any, compiled: bool = False) -> Any:
         if case == "cannot":
@@ -251,40 +251,40 @@ def test_what_cannot_be_recorded_or_differs_runs_plainly_and_says_so(
         return learner
 
     expected = weights(fitted(execution={"traced": False}))
-    monkeypatch.setattr(recorded, "record", wrongly)
+    monkeypatch.setattr(traced, "make_trace", wrongly)
     with caplog.at_level(logging.WARNING):
         learner = fitted()
     assert_same(weights(learner), expected)
-    reason = "no such operation" if case == "cannot" else "what is recorded is off by 1.0e-02 of its norm"
+    reason = "no such operation" if case == "cannot" else "what is traced is off by 1.0e-02 of its norm"
     remedy = "model.execution.traced: false says so beforehand"
     assert lines(caplog) == [f"Conv4 runs as it is written, which is slower (same results): {reason}; {remedy}"]
 
 
-def test_too_little_memory_is_no_fault_of_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_no_fault_of_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(recorded, "record", no_room)
+    monkeypatch.setattr(traced, "make_trace", no_room)
     learner = blob_learner(Reptile(), Adam(0.01), execution={"tasks_per_chunk": 2})
     with pytest.raises(
         torch.OutOfMemoryError, match="^2 tasks at a time do not fit: lower model.execution.tasks_per_chunk=2. "
     ):
         trainer(1).fit(learner, datamodule=Blobs())
-    assert learner.objective.recorder is not None
-    assert learner.objective.recorder.is_on
+    assert learner.objective.tracer is not None
+    assert learner.objective.tracer.is_on
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-def test_a_compiled_recording_is_the_function(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_traces_is_the_function(caplog: pytest.LogCaptureFixture) -> None:
     for name in ("stride", "users"):
         network, params, x, y = problem(name, torch.float64)
-        recorder = Recorder(network, None, compiled=True)
-        plain, quick = Objective(network, True), Objective(network, True, recorder)
+        tracer = Tracer(network, None, compiled=True)
+        plain, quick = Objective(network, True), Objective(network, True, tracer)
         for turn in range(2):
             args = (SGD(0.1), params, {}, x + turn, y, {})
             close(quick.step(*args), plain.step(*args), torch.float64)
-        assert recorder.is_on
-        assert len(recorder._recordings) == 1
+        assert tracer.is_on
+        assert len(tracer._traces) == 1
     assert not lines(caplog)

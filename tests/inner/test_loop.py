@@ -175,7 +175,7 @@ def test_an_error_of_the_network_itself_is_not_hidden_by_the_fallback(episode):
 def test_prediction_alone_is_one_forward_pass_with_the_support(vectorize, network, episode, phi):
     objective = Objective(network, vectorize)
     params = tree.stack(phi, episode.tasks)
-    alone = objective.predict_alone(params, episode.support_x, episode.query_x)
+    alone = objective.predict_inductive(params, episode.support_x, episode.query_x)
     with torch.no_grad():
         for t in range(episode.tasks):
             for q in range(episode.query_x.shape[1]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fomal.engine.chunking import Chunks
-from fomal.engine.tracing import Recorder
+from fomal.engine.tracing import Tracer
 from fomal.evaluation.protocols import evaluate
 from fomal.inner import (
     SGD,
@@ -151,10 +151,10 @@ def network_for(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
 
 
-def inner_loop(case: Case, vectorize: bool, recorder: Recorder | None = None, query: Loss | None = None) -> InnerLoop:
+def inner_loop(case: Case, vectorize: bool, tracer: Tracer | None = None, query: Loss | None = None) -> InnerLoop:
     network, episode = network_for(case.outputs), drawn(case.data)
     plan = minibatch_plan(0, 0, episode.number, SUPPORT, STEPS, 5)
-    return InnerLoop(Objective(network, vectorize, recorder, case.loss, query), SGD(LR), {}, plan, episode)
+    return InnerLoop(Objective(network, vectorize, tracer, case.loss, query), SGD(LR), {}, plan, episode)
 
 
 @cache
@@ -219,17 +219,17 @@ def test_every_rule_works_with_every_loss(name: str, rule: str) -> None:
         close(RULES[rule](inner, phi)[0], expected)
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 @pytest.mark.parametrize("name", ["cross-entropy", "tokens", "huber", "binary", "pairs", "quantile", "gaussian", "own"])
-def test_what_is_recorded_says_the_same(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_traced_says_the_same(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case = CASES[name]
     network = network_for(case.outputs)
-    recorder = Recorder(network, True, losses=[] if case.loss is None else [case.loss])
-    inner = inner_loop(case, True, recorder)
+    tracer = Tracer(network, True, losses=[] if case.loss is None else [case.loss])
+    inner = inner_loop(case, True, tracer)
     phi = tree.detach(dict(network.named_parameters()))
-    close(inner.recorded("maml", RULES["MAML"], phi)[0], written_out(name, name)["MAML"])
-    assert recorder.is_on
-    assert len(recorder._recordings) == 1
+    close(inner.traced("maml", RULES["MAML"], phi)[0], written_out(name, name)["MAML"])
+    assert tracer.is_on
+    assert len(tracer._traces) == 1
     assert not caplog.records
 
 
@@ -242,26 +242,28 @@ def test_the_query_sets_may_have_another_loss(rule: str) -> None:
         close(RULES[rule](inner, phi)[0], expected)
     x, y = inner.episode.query_x, inner.episode.query_y
     outputs = network_for(2)(x)
-    torch.testing.assert_close(inner.query_losses(inner.spread(phi)), (outputs - y).square().mean((1, 2)).detach())
+    torch.testing.assert_close(
+        inner.query_losses(inner.expand_to_tasks(phi)), (outputs - y).square().mean((1, 2)).detach()
+    )
     result = evaluate(inner, phi, Chunks(TASKS))
     torch.testing.assert_close(result.losses[:, 0], (outputs - y).square().mean((1, 2)).detach())
 
 
-@pytest.mark.recorded
-def test_recordings_of_one_loss_are_not_used_for_another() -> None:
+@pytest.mark.traced
+def test_traces_of_one_loss_are_not_used_for_another() -> None:
     network = network_for(2)
     phi, episode = tree.stack(dict(network.named_parameters()), TASKS), drawn("targets")
     phi = tree.detach(phi)
-    recorder = Recorder(network, True)
+    tracer = Tracer(network, True)
     x, y = episode.support_x, episode.support_y
-    objective = Objective(network, True, recorder, Huber(0.7), Huber(0.2))
+    objective = Objective(network, True, tracer, Huber(0.7), Huber(0.2))
     for delta in (0.7, 0.2, 0.05):
         expected = torch.stack([F.huber_loss(network(x[t]), y[t], delta=delta) for t in range(TASKS)])
         if delta == 0.05:
             objective.loss.delta = delta
         part = objective.for_queries() if delta == 0.2 else objective
         torch.testing.assert_close(part.losses(phi, x, y), expected.detach())
-    assert len(recorder._recordings) == 3
+    assert len(tracer._traces) == 3
     assert objective.losses_used() == Objective(network, loss=Huber(0.05), query_loss=Huber(0.2)).losses_used()
     assert objective.losses_used() != Objective(network, loss=Huber(0.2), query_loss=Huber(0.05)).losses_used()
 
@@ -274,22 +276,22 @@ class Counting(Loss):
         return (forward(x) - y).square().mean(-1)
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [(None, "Counting is not known to compute the same each time"), (True, "the loss changes its own attributes")],
 )
-def test_a_loss_that_might_do_something_else_each_time_is_not_recorded(
+def test_a_loss_that_might_do_something_else_each_time_is_not_traced(
     wanted: bool | None, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loss, network, episode = Counting(), network_for(2), drawn("targets")
-    recorder = Recorder(network, wanted, losses=[loss])
+    tracer = Tracer(network, wanted, losses=[loss])
     phi = tree.detach(tree.stack(dict(network.named_parameters()), TASKS))
     x, y = episode.support_x, episode.support_y
     for _ in range(2):
-        found = Objective(network, True, recorder, loss).losses(phi, x, y)
+        found = Objective(network, True, tracer, loss).losses(phi, x, y)
     torch.testing.assert_close(found, (network(x) - y).square().mean((1, 2)).detach())
-    assert message in recorder.reason
+    assert message in tracer.reason
     assert len(caplog.records) == 1
 
 

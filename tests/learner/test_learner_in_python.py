@@ -34,7 +34,7 @@ def small(**settings: Any) -> MetaLearner:
     return sine_learner(network=MLP(hidden=[4]), train={"steps": 2}, **settings)
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 @pytest.mark.parametrize("rule", [Reptile(), MAML()])
 def test_every_verb_works_in_any_order_with_a_default_trainer(
     rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +66,7 @@ def test_a_call_predicts_with_the_initialisation() -> None:
     assert torch.equal(learner(x), learner.network(x))
 
 
-@pytest.mark.recorded
+@pytest.mark.traced
 def test_it_is_pickled_copied_and_saved_after_training() -> None:
     learner, data = small(inner=Adam(0.01)), SinusoidDataModule(**DATA)
     trainer(2).fit(learner, datamodule=data)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fomal.data.sinusoid import SinusoidDataModule
 from fomal.inner import SGD, Adam
-from fomal.inner.loop import take
+from fomal.inner.loop import gather_examples
 from fomal.learner.meta_learner import MetaLearner
 from fomal.models import MLP, BatchNorm, Conv4
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
@@ -182,7 +182,7 @@ def test_a_separate_tail_is_the_last_batch_and_nothing_else():
     episode = data.episodes("train", torch.arange(4))
     plan = learner._plan(episode, training=True)
     assert len(plan) == 3
-    labels = take(episode.support_y, plan[-1])
+    labels = gather_examples(episode.support_y, plan[-1])
     assert labels.tolist() == [[0, 1, 2]] * 4
     head = torch.cat(plan[:-1], 1)
     for t in range(4):
@@ -294,13 +294,13 @@ def test_a_linear_schedule_needs_an_end():
 def test_logged_losses_are_means_over_the_interval_at_their_meta_iteration(tmp_path):
     learner, logged = sine_learner(execution={"tasks_per_chunk": 100}), []
 
-    class Recording(type(learner.rule)):
+    class Trace(type(learner.rule)):
         def __call__(self, inner, start):
             gradient, trajectory = super().__call__(inner, start)
             logged.append(trajectory.losses[[0, -1]].mean(1))
             return gradient, trajectory
 
-    learner.rule = Recording()
+    learner.rule = Trace()
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
     trainer(4, logger=logger, log_every_n_steps=2).fit(learner, datamodule=SinusoidDataModule())
     rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()

@@ -41,12 +41,12 @@ def first_step(precision: str, name: str) -> tuple[torch.Tensor, torch.Tensor, M
     """The first outer gradient, the losses of the first inner loops, and the learner."""
     seen: list[torch.Tensor] = []
 
-    class Recording(torch.optim.SGD):
+    class Trace(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             seen.append(torch.cat([p.grad.double().flatten() for p in self.param_groups[0]["params"]]))
 
     learner = smooth_learner(*RULES[name])
-    learner.outer = replace(learner.outer, optimizer=lambda params: Recording(params, lr=1.0))
+    learner.outer = replace(learner.outer, optimizer=lambda params: Trace(params, lr=1.0))
     trainer(1, precision=precision).fit(learner, datamodule=Blobs(train_query_shots=2))
     return seen[0], learner.train_losses.compute()[0], learner
 

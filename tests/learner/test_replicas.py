@@ -64,18 +64,18 @@ RULES: dict[str, tuple[Any, Any]] = {
 }
 
 
-# Recording takes longer than the run.
+# Trace takes longer than the run.
 @pytest.mark.parametrize(
-    ("name", "recorded"),
+    ("name", "traced"),
     [
         *((name, False) for name in RULES),
-        pytest.param("Reptile, Adam", None, marks=pytest.mark.recorded),
-        pytest.param("query FOMAML", None, marks=pytest.mark.recorded),
+        pytest.param("Reptile, Adam", None, marks=pytest.mark.traced),
+        pytest.param("query FOMAML", None, marks=pytest.mark.traced),
     ],
 )
-def test_a_replica_is_the_run_alone(name: str, recorded: bool | None, tmp_path: Path) -> None:
+def test_a_replica_is_the_run_alone(name: str, traced: bool | None, tmp_path: Path) -> None:
     rule, inner = RULES[name]
-    make = lambda place: sine(SEEDS[place], rule, inner, execution={"traced": recorded})  # noqa: E731
+    make = lambda place: sine(SEEDS[place], rule, inner, execution={"traced": traced})  # noqa: E731
     assert_equal(make, sines, tmp_path, 1e-12)
 
 
@@ -89,12 +89,12 @@ IMAGES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "recorded"),
-    [*((name, False) for name in IMAGES), pytest.param("Reptile, momentum", None, marks=pytest.mark.recorded)],
+    ("name", "traced"),
+    [*((name, False) for name in IMAGES), pytest.param("Reptile, momentum", None, marks=pytest.mark.traced)],
 )
-def test_a_replica_is_the_run_alone_on_images(name: str, recorded: bool | None, tmp_path: Path) -> None:
-    make = lambda place: conv(SEEDS[place], *IMAGES[name], execution={"traced": recorded})  # noqa: E731
-    assert_equal(make, blobs, tmp_path, 1e-9, steps=3, limit_val_batches=0 if recorded is None else 1.0)
+def test_a_replica_is_the_run_alone_on_images(name: str, traced: bool | None, tmp_path: Path) -> None:
+    make = lambda place: conv(SEEDS[place], *IMAGES[name], execution={"traced": traced})  # noqa: E731
+    assert_equal(make, blobs, tmp_path, 1e-9, steps=3, limit_val_batches=0 if traced is None else 1.0)
 
 
 def test_in_32_bits_a_replica_differs_by_rounding(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ STEP_SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "recorded"),
-    [*((name, False) for name in STEP_SIZES), pytest.param("Reptile, Adam", None, marks=pytest.mark.recorded)],
+    ("name", "traced"),
+    [*((name, False) for name in STEP_SIZES), pytest.param("Reptile, Adam", None, marks=pytest.mark.traced)],
 )
-def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path) -> None:
+def test_step_sizes_may_differ(name: str, traced: bool | None, tmp_path: Path) -> None:
     rule, inner = STEP_SIZES[name]
 
     def make(place: int) -> MetaLearner:
@@ -136,7 +136,7 @@ def test_step_sizes_may_differ(name: str, recorded: bool | None, tmp_path: Path)
             3,
             rule,
             inner((0.02, 0.005)[place]),
-            execution={"traced": recorded},
+            execution={"traced": traced},
             outer={"optimizer": outer((0.3, 0.1)[place])},
         )
 

@@ -139,17 +139,17 @@ class Tokens(nn.Module):
         return self.head(self.embed(x.long()).mean(1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.recorded
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.traced
+@pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_token_ids_reach_the_network_as_they_are(dtype: torch.dtype, recorded: bool) -> None:
+def test_token_ids_reach_the_network_as_they_are(dtype: torch.dtype, traced: bool) -> None:
     torch.manual_seed(0)
     network = Tokens().to(dtype)
-    made = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 3), execution=Execution(traced=recorded))
+    made = MetaLearner(network, Reptile(), SGD(0.1), eval=InnerSchedule(1, 3), execution=Execution(traced=traced))
     x = torch.tensor([[30001, 29952], [7, 30003], [39999, 2]])[None]
     y = torch.arange(3)[None]
     found = made.evaluate(Episode(x, y, x, y, torch.zeros(1, dtype=torch.int64), 3)).logits[0]
-    assert made.objective.recorder.is_on is recorded
+    assert made.objective.tracer.is_on is traced
     copy = Tokens().double()
     copy.load_state_dict(network.state_dict())
     loss = nn.functional.cross_entropy(copy(x[0]), y[0])

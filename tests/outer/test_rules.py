@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 from fomal.engine.chunking import peak_bytes
 from fomal.inner import SGD, Adam
-from fomal.inner.loop import InnerLoop, take
+from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.objective import Objective
 from fomal.models import Conv4
 from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile, StepCombination
@@ -52,7 +52,7 @@ def test_reptile_under_sgd_is_lr_times_the_sum_of_gradients(make_inner, phi):
     gradient, _ = Reptile()(inner, phi)
     total = {name: torch.zeros_like(p) for name, p in phi.items()}
     for step, index in zip(inner.steps(phi), inner.plan, strict=True):
-        x, y = take(inner.episode.support_x, index), take(inner.episode.support_y, index)
+        x, y = gather_examples(inner.episode.support_x, index), gather_examples(inner.episode.support_y, index)
         for t in range(4):
             params = {name: p[t].clone().requires_grad_() for name, p in step.before.items()}
             loss = torch.nn.functional.cross_entropy(functional_call(inner.objective.network, params, (x[t],)), y[t])
