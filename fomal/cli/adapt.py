@@ -15,6 +15,7 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from fomal.adaptation import Adapted, adapt
 from fomal.adaptation.from_checkpoint import image_format_of
 from fomal.adaptation.model import refuse_existing
+from fomal.cli.arguments import about
 from fomal.cli.errors import UsageError
 from fomal.cli.explain import explain, what_was_raised
 from fomal.cli.given import TRUST_HELP, take_trust
@@ -77,7 +78,7 @@ def _parse(verb: str, args: Sequence[str]) -> Namespace:
     parser = ArgumentParser(
         f"fomal {verb}",
         usage=f"fomal {verb} --ckpt_path FILE --support DIR --out DIR [--KEY VALUE ...]",
-        description=str(__doc__),
+        description=about(verb, __doc__),
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=HelpFormatter,

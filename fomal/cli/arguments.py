@@ -16,7 +16,7 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(
             f"fomal {verb}",
             usage=f"fomal {verb} {usage}",
-            description=description,
+            description=about(verb, description),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -33,3 +33,9 @@ class Arguments(argparse.ArgumentParser):
             if name.startswith("--") and name not in known:
                 raise UsageError(f"there is no option {name}{did_you_mean(name, known)}")
         return self.parse_args(list(args))
+
+
+def about(verb: str, docstring: str | None) -> str:
+    """The docstring of a verb's module without the verb's name, which the usage has."""
+    text = str(docstring).removeprefix(f"The verb {verb}: ")
+    return text[:1].upper() + text[1:]

@@ -8,6 +8,7 @@ from argparse import Action
 from jsonargparse import DefaultHelpFormatter
 
 _CLASSES = re.compile(r"(?<=known subclasses: )[\w.]+\.\w+(?:, [\w.]+\.\w+)*")
+_CLASS = re.compile(r"<class '([\w.]+)'>")
 _OWN = ("fomal.models.", "fomal.outer.", "fomal.inner.")
 
 HELP = {
@@ -23,7 +24,7 @@ class HelpFormatter(DefaultHelpFormatter):
     """Names, of the hundreds of classes an option may take, fomal's own where there are any."""
 
     def _expand_help(self, action: Action) -> str:
-        return _CLASSES.sub(_own, super()._expand_help(action))
+        return _CLASS.sub(r"\1", _CLASSES.sub(_own, super()._expand_help(action)))
 
 
 def _own(classes: re.Match[str]) -> str:

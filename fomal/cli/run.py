@@ -267,8 +267,8 @@ class FomalCLI(LightningCLI):
             check_network(alone[self.verb]["model"]["network"], content, f"ckpt_path={ckpt_path}")
             config = self._parse([*base, *with_files_read(rest)])
             links.follow_data(config[self.verb], Given([*base, *rest]))
-            plain = [trust.cleaned(self._plain(part), "the configuration") for part in (alone, config)]
-            checkpoint.refuse_differences(*plain, self.verb)
+            before, asked = (trust.cleaned(self._plain(part), "the configuration") for part in (alone, config))
+            checkpoint.refuse_differences(before, asked, self.verb)
             if self.verb == "fit":
                 resume.go_on_in_its_folder(config[self.verb]["trainer"], Path(str(ckpt_path)))
             return config

@@ -115,6 +115,15 @@ def test_help_of_a_verb_is_whole_and_about_fomal(verb: str, capsys: pytest.Captu
     assert not re.search("Useful to|Model Registry|return_predictions|optimization routine", out)
 
 
+@pytest.mark.parametrize("verb", ["adapt", "classify", "export", "compare", "experiment", "analyze"])
+def test_help_says_the_verb_once_and_no_pythons_names(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert "The verb" not in out
+    assert "<class" not in out
+
+
 def test_help_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["test", "--data.help", "fomal.data.SinusoidDataModule"])
