@@ -47,12 +47,12 @@ def cifar_root() -> Path:
     return shared_data("cifar_fs") / "cifar_fs_100.zip"
 
 
-RECORD = Tracer.__call__
+TRACE = Tracer.__call__
 
 
 @pytest.fixture(scope="session", autouse=True)
-def as_written() -> Iterator[None]:
-    """Record nothing in this process: each shape takes seconds, and most tests have shapes of their own."""
+def eager() -> Iterator[None]:
+    """Trace nothing in this process: each shape takes seconds, and most tests have shapes of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracer, "__call__", lambda self, name, function, *args: function(*args))
         yield
@@ -62,7 +62,7 @@ def as_written() -> Iterator[None]:
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But in tests marked so."""
     if "traced" in request.keywords:
-        monkeypatch.setattr(Tracer, "__call__", RECORD)
+        monkeypatch.setattr(Tracer, "__call__", TRACE)
 
 
 @pytest.fixture
@@ -78,14 +78,19 @@ def network() -> nn.Module:
     return SmallConv().double()
 
 
-@pytest.fixture
-def make_inner(network: nn.Module, episode: Episode) -> Callable[..., InnerLoop]:
-    """Builds the inner loops of the meta-batch for an inner optimiser."""
+@pytest.fixture(params=["eager", "traced"])
+def make_inner(
+    request: pytest.FixtureRequest, network: nn.Module, episode: Episode, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., InnerLoop]:
+    """Builds the inner loops of the meta-batch for an inner optimiser, as users run them and as they are written."""
+    is_traced = request.param == "traced"
+    if is_traced:
+        monkeypatch.setattr(Tracer, "__call__", TRACE)
 
     def make(optimizer: InnerOptimizer, steps: int = 4, batch: int = 5, **changes: Any) -> InnerLoop:
         phi = tree.detach(dict(network.named_parameters()))
         settings = {
-            "objective": Objective(network, vectorize=True),
+            "objective": Objective(network, vectorize=True, tracer=Tracer(network, True) if is_traced else None),
             "optimizer": optimizer,
             "state": optimizer.init(phi),
             "plan": minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], steps, batch),

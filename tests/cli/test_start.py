@@ -38,7 +38,12 @@ def test_importing_the_package_imports_no_library() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_is_asked_to_end_while_it_starts_does(number: int, code: int) -> None:
     """Also as the first process of a container, for which SIGTERM has no default."""
-    run = subprocess.Popen([sys.executable, "-m", "fomal", "fit"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fomal", "fit"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run where Ctrl-C is ignored
+    )
     try:
         bit = 1 << (signal.SIGTERM - 1)
         while not int(caught(run.pid), 16) & bit:
