@@ -43,7 +43,7 @@ from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode, Numbers, refuse_others
 from fomal.tasks.sampler import Plan, minibatch_plan, separate_tail
 from fomal.utils import tree
-from fomal.utils.checks import of_type, one_of
+from fomal.utils.checks import of_type, one_of, positive
 from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.output import rank_zero_info, rank_zero_warn
 from fomal.utils.processes import gather, refuse_disagreement
@@ -114,6 +114,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         one_of(("carried", "reset"), inner_state=inner_state)
         for name, group in {"train": train, "eval": eval, "outer": outer, "execution": execution}.items():
             of_type(type(GROUPS[name]), **{name: group})
+        positive(**{"model.train.steps": train.steps})
         rule.check(train.steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -258,7 +259,9 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         if inner.episode.number.device.type != "cpu":
             inner.episode.to("cpu").check()  # here there may be a wait
         episode = inner.episode
-        x, y = (gather_examples(part[:2], inner.plan[0][:2]) for part in (episode.support_x, episode.support_y))
+        x, y = (part[:2] for part in (episode.support_x, episode.support_y))
+        if inner.plan:
+            x, y = (gather_examples(part, inner.plan[0][:2]) for part in (x, y))
         query = (episode.query_x[:2], episode.query_y[:2]) if with_query else ()
         for part, some_x, some_y in self.objective.parts(x, y, *query):
             check_loss(part.loss_of(some_y), checked(self.network, some_y), some_x[0], some_y[0], episode.ways)
@@ -469,7 +472,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
             tasks = int(accuracies.total_tasks)
         if losses_by_step.total_tasks:
-            mean, ci = losses_by_step.compute()
+            mean, ci = (t.reshape(-1) for t in losses_by_step.compute())  # torchmetrics makes one number of one step
             figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
             self.results["loss_by_step"] = mean.tolist()
             self.results["loss_by_step_ci95"] = ci.tolist()

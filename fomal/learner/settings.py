@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from fomal.utils.checks import MANY, nonnegative, one_of, positive
+from fomal.utils.checks import MANY, countable, nonnegative, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class InnerSchedule:
     """The inner steps on a task.
 
     Args:
-        steps: how many, k.
+        steps: how many, k; of evaluations 0 too, which judges the initialisation as it is.
         batch_size: support examples per step.
         replacement: draw each mini-batch independently, rather than in shuffled passes.
 
     Raises:
-        ValueError: steps or batch size are no whole numbers, less than 1 or absurdly many.
+        ValueError: steps or batch size are no whole numbers, steps negative, batch size less than 1, or absurdly many.
     """
 
     steps: int = 5
@@ -37,7 +37,8 @@ class InnerSchedule:
 
     def __post_init__(self) -> None:
         try:
-            positive(MANY, steps=self.steps, batch_size=self.batch_size)
+            countable(MANY, steps=self.steps)
+            positive(MANY, batch_size=self.batch_size)
         except ValueError as error:
             raise ValueError(f"model.train or model.eval: {error}") from None
 

@@ -319,7 +319,7 @@ def _config(value: Any, entry: str) -> None:
         _CONFIG(value, entry)
 
 
-_SCHEDULE = _mapping({}, {"steps": _integer(1), "batch_size": _integer(1), "replacement": _flag})
+_SCHEDULE = _mapping({}, {"steps": _integer(0), "batch_size": _integer(1), "replacement": _flag})
 _SETTINGS = _mapping(
     {},
     {

@@ -88,7 +88,7 @@ def minibatch_plan(
         split: place of the split in `SPLITS`.
         number: (T,) int64 episode numbers.
         examples: support examples of each task, S.
-        steps: number of mini-batches, k.
+        steps: number of mini-batches, k; may be 0.
         batch_size: examples in a mini-batch, B.
         replacement: draw every batch independently.
 
@@ -98,6 +98,8 @@ def minibatch_plan(
     Raises:
         ValueError: `replacement` with more examples in a batch than in the task.
     """
+    if not steps:
+        return ()
     stream = _stream(split, _BATCHES)
     tasks = len(number)
     if replacement:

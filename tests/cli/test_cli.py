@@ -99,7 +99,7 @@ def test_help_of_a_verb_lists_our_options_with_their_docstrings(capsys: pytest.C
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "--model.train.steps STEPS how many, k." in out
+    assert "--model.train.steps STEPS how many, k;" in out
     assert "fomal.models.ResNet12, ...)" in out
     assert "torchmetrics" not in out
     assert out.index("--model.network") < out.index("--data ") < out.index("--trainer.max_steps")
@@ -259,7 +259,7 @@ def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.train.steps=0"], "model.train or model.eval: steps=0 must be at least 1."),
+        (["--model.train.steps=0"], "model.train.steps=0 must be at least 1."),
         (["--data.shots=-1"], "shots=-1 must be at least 1."),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1 leaves the linear outer schedule without an end"),
     ],

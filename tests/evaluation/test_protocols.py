@@ -29,6 +29,17 @@ def test_both_protocols_equal_the_released_procedure(network, episode, make_inne
             torch.testing.assert_close(result.distance[t], torch.cat(way).norm(), rtol=1e-9, atol=0)
 
 
+def test_no_step_judges_the_initialisation(network, episode, make_inner):
+    result = classify(make_inner(Adam(0.01), steps=0), tree.detach(dict(network.named_parameters())))
+    with torch.no_grad():
+        for t in range(episode.tasks):
+            alone = [network(torch.cat([episode.support_x[t], x[None]]))[-1] for x in episode.query_x[t]]
+            torch.testing.assert_close(result.logits[t], torch.stack(alone), rtol=1e-9, atol=1e-11)
+            together = network(episode.query_x[t])
+            torch.testing.assert_close(result.logits_transductive[t], together, rtol=1e-9, atol=1e-11)
+    assert not result.distance.any()
+
+
 def test_only_transductive_prediction_sees_the_other_queries(network, episode, make_inner):
     phi = tree.detach(dict(network.named_parameters()))
     changed = episode.query_x.clone()

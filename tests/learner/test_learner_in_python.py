@@ -98,8 +98,8 @@ def test_settings_may_be_changed_afterwards() -> None:
     expected.network.load_state_dict(learner.network.state_dict())
     trainer().test(expected, datamodule=data, verbose=False)
     assert learner.results == expected.results
-    with pytest.raises(ValueError, match="model.train or model.eval: steps=0 must be at least 1"):
-        replace(learner.eval_schedule, steps=0)
+    with pytest.raises(ValueError, match="model.train or model.eval: steps=-1 must not be negative"):
+        replace(learner.eval_schedule, steps=-1)
     learner.rule, learner.train_schedule = FOMAML(tail_shots=1), InnerSchedule(1)
     with pytest.raises(ValueError, match="model.train.steps=1 leaves no step before the separate tail"):
         trainer(1).fit(learner, datamodule=data)
