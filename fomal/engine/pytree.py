@@ -64,11 +64,14 @@ def skeleton(value: Any) -> Any:
 
 def signature(leaves: list[Tensor]) -> tuple[Hashable, ...]:
     """What an operation on tensors depends on beside their values: shapes, dtypes, devices, autocast."""
-    device = leaves[0].device.type
-    cast: Hashable = False
+    return (*((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), autocast_dtype(leaves[0].device.type))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a kind of device, where it is on."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-    return (*((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), cast)
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def parts(value: Any) -> list[Tree]:

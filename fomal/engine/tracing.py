@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fomal.engine.functional import full_precision, helpers, is_short, with_helpers
 from fomal.engine.kernels import StackedOperations
-from fomal.engine.pytree import flatten, signature, skeleton, unflatten
+from fomal.engine.pytree import autocast_dtype, flatten, signature, skeleton, unflatten
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import Snapshot, changes, settings
 from fomal.utils.tree import Tree, difference
@@ -273,7 +273,7 @@ def _unknown(network: nn.Module, losses: Sequence[object]) -> str:
 
 def _is_short(leaves: list[Tensor]) -> bool:
     """Whether there are 16-bit floating-point numbers in it."""
-    return bool(signature(leaves[:1])[-1]) or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
+    return autocast_dtype(leaves[0].device.type) is not None or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
 
 
 def _is_transformed(leaf: Tensor) -> bool:
