@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fomal.inner.objective import Objective
-from fomal.inner.optimizer import SHARED, InnerOptimizer, State, join_states
+from fomal.inner.optimizer import SHARED, InnerOptimizer, State
 from fomal.tasks.episode import Episode
 from fomal.tasks.sampler import Plan
 from fomal.utils import tree
@@ -67,8 +67,6 @@ class InnerLoop:
         plan: the mini-batch of each step.
         episode: the tasks.
         adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
-        replicas: R runs side by side: the first T / R tasks are those of the first, and so on. Initialisations, the
-            state and all means over tasks then have R in front. None: one run, without that axis.
     """
 
     objective: Objective
@@ -77,37 +75,11 @@ class InnerLoop:
     plan: Plan
     episode: Episode
     adapted: frozenset[str] | None = None
-    replicas: int | None = None
-
-    @classmethod
-    def side_by_side(cls, loops: Sequence[InnerLoop], optimizer: InnerOptimizer) -> InnerLoop:
-        """The inner loops of several runs with the same settings, and equally many tasks, as those of replicas.
-
-        Args:
-            loops: one for each run.
-            optimizer: the inner optimiser of all; its step size may be one for each run.
-        """
-        episodes = [loop.episode for loop in loops]
-        together = episodes[0]._replace(
-            support_x=torch.cat([episode.support_x for episode in episodes]),
-            support_y=torch.cat([episode.support_y for episode in episodes]),
-            query_x=torch.cat([episode.query_x for episode in episodes]),
-            query_y=torch.cat([episode.query_y for episode in episodes]),
-            number=torch.cat([episode.number for episode in episodes]),
-        )
-        return replace(
-            loops[0],
-            optimizer=optimizer,
-            state=join_states([loop.state for loop in loops]),
-            plan=tuple(torch.cat(step) for step in zip(*(loop.plan for loop in loops), strict=True)),
-            episode=together,
-            replicas=len(loops),
-        )
 
     @property
     def tasks(self) -> int:
-        """The tasks of each run."""
-        return self.episode.tasks // (self.replicas or 1)
+        """How many initialisations are taken from one, and averaged."""
+        return self.episode.tasks
 
     @property
     def device(self) -> torch.device:
@@ -118,39 +90,30 @@ class InnerLoop:
     def signature(self) -> Hashable:
         """What the memory that a task takes depends on: shapes of its examples, and the number of steps."""
         shapes = self.episode.support_x.shape[1:], self.episode.query_x.shape[1:]
-        return self.replicas, shapes, len(self.plan)
+        return shapes, len(self.plan)
 
     def sample(self, steps: int | None) -> InnerLoop:
-        """The first task's inner loop, of each run, not traced; with `steps`, so many of its steps."""
+        """The first task's inner loop, not traced; with `steps`, so many of its steps."""
         one = self.select(slice(0, 1))
         return replace(one, plan=one.plan[:steps], objective=one.objective.eager())
 
     def select(self, tasks: Tensor | slice) -> InnerLoop:
-        """The inner loops of the tasks of the given places alone, of each run."""
-
-        def chosen(t: Tensor) -> Tensor:
-            if self.replicas is None:
-                return t[tasks]
-            return t.unflatten(0, (self.replicas, -1))[:, tasks].flatten(0, 1)  # type: ignore[no-untyped-call,no-any-return]
-
-        return replace(self, episode=self.episode.map(chosen), plan=tuple(chosen(step) for step in self.plan))
+        """The inner loops of the tasks of the given places alone."""
+        return replace(
+            self, episode=self.episode.map(lambda t: t[tasks]), plan=tuple(step[tasks] for step in self.plan)
+        )
 
     def expand_to_tasks(self, start: Tree) -> Tree:
         """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
-        if self.replicas is None:
-            return tree.stack(start, self.tasks)
-        each = {name: t[:, None].expand(-1, self.tasks, *t.shape[1:]) for name, t in start.items()}
-        return {name: t.flatten(0, 1) for name, t in each.items()}
+        return tree.stack(start, self.tasks)
 
     def mean(self, stacked: Tree) -> Tree:
-        """The mean over the tasks, of each run."""
+        """The mean over the tasks."""
         return {name: self.task_mean(t) for name, t in stacked.items()}
 
     def task_mean(self, t: Tensor) -> Tensor:
-        """The mean over the tasks, the first axis of t, of each run."""
-        if self.replicas is None:
-            return t.mean(0)
-        return t.view(self.replicas, -1, *t.shape[1:]).mean(1)
+        """The mean over the tasks, the first axis of t."""
+        return t.mean(0)
 
     def expand_state_to_tasks(self) -> State:
         """The state before the first step, for each task."""
@@ -245,7 +208,7 @@ class InnerLoop:
             return gradient, *trajectory
 
         losses = self.objective.losses_used()
-        settled = (name, settings(self.optimizer), losses, self.replicas, self.adapted, self.episode.ways)
+        settled = (name, settings(self.optimizer), losses, self.signature, self.adapted, self.episode.ways)
         episode = self.episode
         tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
         gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)

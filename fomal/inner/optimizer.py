@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fomal.utils import tree
@@ -23,7 +22,7 @@ class InnerOptimizer(ABC):
     Works elementwise, so the same code serves one task and tasks stacked along a leading axis.
 
     Attributes:
-        lr: step size; or (R,) of them, each for T / R of T stacked tasks in a row, see `times`.
+        lr: step size; or (T,) of them, one for each of T stacked tasks.
     """
 
     lr: float | Tensor
@@ -44,30 +43,11 @@ class InnerOptimizer(ABC):
         """One step: the new parameters and the new state. Nothing is changed in place."""
 
 
-def join_states(states: Sequence[State]) -> State:
-    """States of the same kind, stacked along a new first axis; counters must be the same in all."""
-    return {
-        part: values
-        if part == SHARED
-        else {name: torch.stack([state[part][name] for state in states]) for name in values}
-        for part, values in states[0].items()
-    }
-
-
-def part_of_state(state: State, place: int) -> State:
-    """One of the states that `join_states` has stacked."""
-    return {
-        part: values if part == SHARED else {name: t[place] for name, t in values.items()}
-        for part, values in state.items()
-    }
-
-
 def times(rate: float | Tensor, t: Tensor) -> Tensor:
-    """`rate` times stacked t (T, ...): a number, or numbers (R,) of which each is that of T / R tasks in a row."""
-    if not isinstance(rate, Tensor) or not rate.dim():
-        return rate * t if not isinstance(rate, Tensor) else rate.to(t.dtype) * t
-    each = rate.to(t.dtype).repeat_interleave(len(t) // len(rate))
-    return each.view(-1, *[1] * (t.dim() - 1)) * t
+    """`rate` times t (T, ...): a number, (), or one for each task, (T,)."""
+    if not isinstance(rate, Tensor):
+        return rate * t
+    return rate.to(t.dtype).view(-1, *[1] * (t.dim() - 1)) * t if rate.dim() else rate.to(t.dtype) * t
 
 
 def descend(params: Tree, rate: float | Tensor, direction: Tree) -> Tree:

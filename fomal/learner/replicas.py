@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any
 
 import lightning as L
@@ -11,11 +10,11 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from fomal.inner.loop import InnerLoop
-from fomal.inner.optimizer import InnerOptimizer, part_of_state
+from fomal.inner.optimizer import InnerOptimizer
 from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.preflight import check_epochs, check_outer_step
 from fomal.learner.restoring import check_module, misfits
+from fomal.learner.side_by_side import SideBySide, of_run, optimizer_of_all
 from fomal.learner.watch import LOOK_EVERY, Watch, nonfinite, refuse_nonfinite_state, refuse_nonfinite_weights
 from fomal.outer.meta_gradient import MetaGradient, mean_over_processes, meta_gradient
 from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
@@ -63,7 +62,7 @@ class Replicas(L.LightningModule):
         self.figures: list[dict[str, Any]] = [{} for _ in learners]
         self.stopped: dict[int, int] = {}
         self._finite = torch.ones(len(learners), dtype=torch.bool)
-        self._optimizer = _of_all(learners)
+        self._per_task = optimizer_of_all([learner.inner_optimizer for learner in learners])
 
     def __iter__(self) -> Any:
         """The learners."""
@@ -80,7 +79,7 @@ class Replicas(L.LightningModule):
         learners = list(self)
         learners[0].seed_for(batch[0].seed + self.global_step * self.trainer.world_size + self.global_rank)
         loops = [learner.inner_loop(episode, training=True) for learner, episode in zip(learners, batch, strict=True)]
-        inner = InnerLoop.side_by_side(loops, _on(self._optimizer, self.device))
+        inner = SideBySide.join(loops, self._per_task)
         starts = [learner.initialisation() for learner in learners]
         phi = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
         found = meta_gradient(learners[0].rule, inner, phi, False, learners[0].chunks)
@@ -275,26 +274,9 @@ def _part(found: MetaGradient, place: int) -> MetaGradient:
     """What the tasks of one replica say."""
     return found._replace(
         gradient={name: t[place] for name, t in found.gradient.items()},
-        state=part_of_state(found.state, place),
+        state=of_run(found.state, place),
         losses=found.losses[place],
     )
-
-
-def _of_all(learners: Sequence[MetaLearner]) -> InnerOptimizer:
-    """The inner optimiser of all, whose step size is one for each where they differ."""
-    rates = [float(learner.inner_optimizer.lr) for learner in learners]
-    optimizer = learners[0].inner_optimizer
-    if len(set(rates)) > 1:
-        optimizer = copy(optimizer)
-        optimizer.lr = torch.tensor(rates, dtype=torch.float64)
-    return optimizer
-
-
-def _on(optimizer: InnerOptimizer, device: torch.device) -> InnerOptimizer:
-    """The optimiser, with its step sizes moved to `device`, once."""
-    if isinstance(optimizer.lr, Tensor) and optimizer.lr.device != device:
-        optimizer.lr = optimizer.lr.to(device)
-    return optimizer
 
 
 def _check(learners: Sequence[MetaLearner]) -> None:

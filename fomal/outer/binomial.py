@@ -64,7 +64,7 @@ class BinomialMAML(OuterRule):
             product = tree.add_scaled(product, padded, optimizer.weight_decay)
         lr = optimizer.lr
         if isinstance(lr, Tensor):
-            lr = lr.repeat(len(x) // inner.episode.tasks)  # steps are in front of runs
+            lr = lr.repeat(len(x) // len(lr))  # steps are in front of tasks
         return {name: -times(lr, p) for name, p in product.items()}
 
     def expansion(self, inner_steps: int) -> Expansion:

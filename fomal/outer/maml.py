@@ -81,7 +81,7 @@ def back_propagate(inner: InnerLoop, start: Tree, order: int) -> tuple[Tree, Tra
 
     def query_loss(middle: Tree, start: Tree) -> tuple[Tensor, Trajectory]:
         trajectory = rest.rollout(start, onward=begun._replace(end=middle))
-        return inner.task_mean(inner.query_losses(trajectory.end)).sum(), trajectory  # runs are apart in the gradient
+        return inner.task_mean(inner.query_losses(trajectory.end)).sum(), trajectory
 
     (by_middle, by_start), trajectory = torch.func.grad(query_loss, argnums=(0, 1), has_aux=True)(begun.end, start)
     return tree.add(by_start, tree.scaled(inner.mean(by_middle), inner.tasks)), trajectory

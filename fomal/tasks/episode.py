@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,12 @@ class Episode(NamedTuple):
         label = torch.arange(ways, device=support.device)[:, None]
         support_y, query_y = (label.expand(-1, x.shape[2]).flatten().expand(tasks, -1) for x in (support, query))
         return cls(support.flatten(1, 2), support_y, query.flatten(1, 2), query_y, number, ways, seed, split)
+
+    @classmethod
+    def join(cls, episodes: Sequence[Episode]) -> Episode:
+        """The tasks of several episodes as one; ways, seed and split are the first's."""
+        joined = {name: torch.cat([getattr(part, name) for part in episodes]) for name in (*FIELDS, "number")}
+        return episodes[0]._replace(**joined)  # type: ignore[arg-type]
 
     @property
     def tasks(self) -> int:
