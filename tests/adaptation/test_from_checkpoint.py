@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import torch
 
 import fomal
 from fomal.adaptation import adapt
-from fomal.data import OmniglotDataModule
 from fomal.data.images.image_format import ImageFormat
-from fomal.data.images.omniglot_files import decode
 from fomal.inner import SGD, Adam
 from fomal.inner.objective import Objective
 from fomal.learner.build import build, read_checkpoint
@@ -218,15 +215,3 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_text("text")
     with pytest.raises(ValueError, match="some.ckpt cannot be read as a checkpoint"):
         adapt(tmp_path / "some.ckpt", [], [])
-
-
-def test_omniglots_format_is_what_its_reader_does(omniglot_root: Path, tmp_path: Path) -> None:
-    """Any drawing, read as a user's own file, has the pixels that training saw."""
-    form = OmniglotDataModule(str(omniglot_root)).image_format
-    with zipfile.ZipFile(omniglot_root / "images_evaluation.zip") as archive:
-        names = [name for name in archive.namelist() if name.endswith(".png")][::800]
-        assert len(names) > 10
-        for name in names:
-            png = archive.read(name)
-            seen = torch.from_numpy(decode(png, 28, name)).float()
-            assert torch.equal(form.normalize(torch.from_numpy(form.decode(png, name)))[0], seen)

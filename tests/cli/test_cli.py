@@ -411,7 +411,7 @@ def test_a_failed_download_is_one_line(fails, tmp_path: Path, monkeypatch: pytes
     def no_network(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("fomal.data.images.omniglot_files.download_url", no_network)
+    monkeypatch.setattr("fomal.data.omniglot.download_url", no_network)
     options = ["--data.root", str(tmp_path), "--data.download", "true", "--data.cache_dir", str(tmp_path)]
     options += ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
     message = fails("fit", "--config", "omniglot/5way_1shot_reptile", *options, code=1)

@@ -86,6 +86,12 @@ class ImageFilesDataModule(ImageDataModule):
         self.cache_gb = cache_gb
         self.on_error = on_error
         self.class_names = {}
+        self._found: tuple[Source, Listing] | None = None  # from `prepare_data` until `load`
+
+    @property
+    def file_format(self) -> ImageFormat:
+        """How the data set's own files become images; it may refuse files that `image_format` does not."""
+        return self.image_format
 
     @abstractmethod
     def find(self) -> tuple[Source, Listing]:
@@ -97,7 +103,7 @@ class ImageFilesDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Read every file once, and build the cache; once per machine."""
-        source, listing = self.find()
+        self._found = source, listing = self.find()
         tell_left_out(source.label, listing.left_out)
         self._check_listing(listing)  # what is wrong with it is found before hours of decoding
         self._load_images(source, listing, verify=True)
@@ -113,7 +119,8 @@ class ImageFilesDataModule(ImageDataModule):
 
     def load(self) -> dict[str, ClassImages]:
         """The classes of each split."""
-        source, listing = self.find()
+        source, listing = self._found or self.find()
+        self._found = None
         store, kept = self._load_images(source, listing)
         if not kept:
             raise ValueError(f"{source.label} has no image that can be used.")
@@ -133,7 +140,7 @@ class ImageFilesDataModule(ImageDataModule):
     def _load_images(self, source: Source, listing: Listing, verify: bool = False) -> tuple[Store, list[int]]:
         """The images, and which of the files can be used."""
         names = [file.name for file in listing.files]
-        store = load_images(source, names, self.image_format, self.cache_dir, self.cache_gb, verify)
+        store = load_images(source, names, self.file_format, self.cache_dir, self.cache_gb, verify)
         digests = store.digests if self.one_class_each else None
         return store, usable(source, listing, store.problems, digests, self.on_error)
 

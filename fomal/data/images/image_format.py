@@ -182,7 +182,7 @@ class ImageFormat:
         suffix = os.path.splitext(name)[1].lower()  # pathlib takes a quarter of a drawing's time
         try:
             with _open(content, kinds_to_try(suffix)) as image:
-                self._check(image)
+                self.refuse(image)
                 wanted = _DRAFT * max(self.height, self.width)
                 image.draft(None, (wanted, wanted))  # None keeps the mode; of JPEG alone
                 with _ALONE if image.width * image.height > _LARGE else nullcontext():
@@ -191,7 +191,7 @@ class ImageFormat:
                 if suffix in KINDS and image.format not in KINDS[suffix]:
                     remarks.misnamed[name] = str(image.format)
                 return pixels
-        except (_Refused, OutOfRange) as error:
+        except (Refused, OutOfRange) as error:
             raise ValueError(str(error)) from None
         except UnidentifiedImageError:
             kind = kind_of(content[:HEAD])
@@ -203,10 +203,11 @@ class ImageFormat:
         except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, struct.error
             raise ValueError(f"damaged: {str(error) or type(error).__name__}") from error
 
-    def _check(self, image: Image.Image) -> None:
+    def refuse(self, image: Image.Image) -> None:
+        """Raise `Refused` for an image, of which only the head has been read, that must not be decoded."""
         width, height = image.size
         if width * height > self.max_pixels:
-            raise _Refused(f"{width} x {height} pixels, more than max_pixels={self.max_pixels}")
+            raise Refused(f"{width} x {height} pixels, more than max_pixels={self.max_pixels}")
 
     def _eight_bits(self, image: Image.Image, again: Any, remarks: Remarks) -> Image.Image:
         """The image, turned as it was seen, with its values in 8 bits; of any mode."""
@@ -220,10 +221,12 @@ class ImageFormat:
         return reduced
 
     def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        if self.resample == "nearest" and self.fit == "stretch":
+            image = self._resized(image)  # first, since it leaves fewer pixels to convert, each as it was
         image = self._resized(_converted(image, _MODES[self.color], self.background))
-        if self.color == "binary":
-            image = image.point(lambda v: 255 * (v >= 128))
         pixels = np.asarray(image)
+        if self.color == "binary":
+            pixels = np.uint8(255) * (pixels >= 128)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
 
     def _resized(self, image: Image.Image) -> Image.Image:
@@ -250,7 +253,7 @@ def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """An image that could be decoded, but must not be."""
 
 
@@ -272,7 +275,7 @@ def _checked_array(array: NDArray[Any]) -> NDArray[Any]:
         array = 255 * array.astype(np.uint8)
     good = array.dtype.kind in "uif" and array.size and array.ndim > 1 and array.shape[2:] in ((), (1,), (3,), (4,))
     if not good:
-        raise _Refused(f"shape {array.shape}, {array.dtype}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers")
+        raise Refused(f"shape {array.shape}, {array.dtype}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers")
     return array[..., 0] if array.shape[2:] == (1,) else array
 
 

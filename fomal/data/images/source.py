@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from fomal.data.images.npz_source import NpzSource
-from fomal.data.images.source_base import LARGEST_RATIO, ArraySource, Content, FileSource, FolderSource, Source
+from fomal.data.images.source_base import (
+    LARGEST_RATIO,
+    ArraySource,
+    Content,
+    FileSource,
+    FolderSource,
+    JoinedSource,
+    Source,
+)
 from fomal.data.images.tar_source import TarSource, is_tar
 from fomal.data.images.zip_source import ZipSource
 from fomal.utils.files import check_path
@@ -16,6 +24,7 @@ __all__ = [
     "Content",
     "FileSource",
     "FolderSource",
+    "JoinedSource",
     "NpzSource",
     "Source",
     "TarSource",

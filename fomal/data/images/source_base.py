@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -100,10 +100,15 @@ def members_by_name(
     """
     files: dict[str, _Kept] = {}
     folders: set[str] = set()
+    hidden: dict[str, bool] = {}  # by folder
     for name, is_folder, kept in members:
-        if any(map(is_hidden, name.split("/"))):
+        folder, _, base = name.rpartition("/")
+        if folder not in hidden:
+            hidden[folder] = any(map(is_hidden, folder.split("/")))
+            if not hidden[folder]:
+                folders.update(str(parent) for parent in PurePosixPath(folder, "_").parents if parent.name)
+        if hidden[folder] or is_hidden(base):
             continue
-        folders.update(str(parent) for parent in PurePosixPath(name).parents if parent.name)
         if is_folder:
             folders.add(name)
             continue
@@ -213,6 +218,30 @@ class ArraySource(ImagesAlone):
     def stamp(self, name: str) -> tuple[int, int]:
         """That of the file they come from."""
         return self._stamp
+
+
+class JoinedSource(ImagesAlone):
+    """Images of several sources as one.
+
+    Args:
+        where: what to call the source in messages.
+        files: the source of each, and its name there, by its name here.
+    """
+
+    def __init__(self, where: str, files: Mapping[str, tuple[Source, str]]) -> None:
+        self.where = where
+        self.names, self.folders = sorted(files), sorted({name.rpartition("/")[0] for name in files})
+        self._files = files
+
+    def read(self, name: str) -> Content:
+        """The content of a file."""
+        source, there = self._files[name]
+        return source.read(there)
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """That of the source."""
+        source, there = self._files[name]
+        return source.stamp(there)
 
 
 def _head(path: Path) -> bytes:

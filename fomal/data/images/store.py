@@ -79,8 +79,8 @@ class Decoding:
             for row in rows:
                 pixels[row] = self._decoded(places[row])
 
-        size = sum(self.source.stamp(self.names[place])[0] for place in places[:8])
-        threads = min(torch.get_num_threads(), len(places)) if size > _WORTH_THREADS * len(places[:8]) else 1
+        first = [self.names[place] for place in places[:8]]
+        threads = min(torch.get_num_threads(), len(places)) if _worth_threads(self.source, first) else 1
         with _mapper(threads) as each:
             list(each(fill, [range(first, len(places), threads) for first in range(threads)]))
         return torch.from_numpy(pixels)
@@ -341,7 +341,10 @@ def _scan(
 
     digests, problems = np.zeros((len(names), 16), np.uint8), dict[str, str]()
     quiet = not sys.stderr.isatty()
-    watched = track(_in_order(one, names), "images", len(names), console=PlainConsole(stderr=True), disable=quiet)
+    threads = (os.cpu_count() or 1) if _worth_threads(source, names[:8]) else 1
+    watched = track(
+        _in_order(one, names, threads), "images", len(names), console=PlainConsole(stderr=True), disable=quiet
+    )
     for i, (digest, result) in enumerate(watched):
         digests[i] = np.frombuffer(digest, np.uint8)
         if isinstance(result, str):
@@ -351,9 +354,14 @@ def _scan(
     return digests, problems
 
 
-def _in_order(fn: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-    """`fn` of every name, on all cores, few at a time so that memory stays bounded."""
-    with _mapper(os.cpu_count() or 1) as each:
+def _worth_threads(source: Source, names: Sequence[str]) -> bool:
+    """Whether such files, photographs rather than drawings, are decoded faster on several threads."""
+    return sum(source.stamp(name)[0] for name in names) > _WORTH_THREADS * len(names)
+
+
+def _in_order(fn: Callable[[str], T], names: Sequence[str], threads: int) -> Iterator[T]:
+    """`fn` of every name, few at a time so that memory stays bounded."""
+    with _mapper(threads) as each:
         for start in range(0, len(names), _CHUNK):
             yield from each(fn, names[start : start + _CHUNK])
 

@@ -78,7 +78,9 @@ class ZipSource(Source):
 def refuse_member(member: zipfile.ZipInfo, label: str) -> None:
     """Raise ValueError for a member that no honest zip of images has."""
     name = member.orig_filename
-    wrong = wrong_path(name, "zip") or wrong_path(member.filename, "zip")  # the second from the field "Unicode path"
+    wrong = wrong_path(name, "zip")
+    if member.filename != name:  # it is from the field "Unicode path", or cut at a zero
+        wrong = wrong or wrong_path(member.filename, "zip")
     if wrong:
         pass
     elif stat.S_ISLNK(member.external_attr >> 16):

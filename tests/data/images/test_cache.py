@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fomal.data.images.cache import UnsafeCache, make_folder, read_arrays, replacing, write_arrays
+from fomal.data.images.cache import UnsafeCache, cache_folder, make_folder, read_arrays, replacing, write_arrays
 from fomal.data.images.image_format import ImageFormat
-from fomal.data.images.omniglot_files import load_characters
 from fomal.data.images.source import open_source
 from fomal.data.images.store import Cached, Decoding, Store, load_images
 from tests.helpers.pictures import write_images
@@ -193,24 +192,6 @@ def test_a_link_of_somebody_else_is_not_followed(folder: Path, tmp_path: Path) -
     assert not (mine / "another").exists()
 
 
-def test_omniglot_without_a_safe_cache_is_the_same(tmp_path: Path, cache_dir: Path) -> None:
-    from PIL import Image
-
-    for part in ("images_background", "images_evaluation"):
-        for number in range(2):
-            path = tmp_path / part / f"Alphabet/character0{number}/0{number}.png"
-            path.parent.mkdir(parents=True)
-            Image.fromarray(np.random.default_rng(number).random((105, 105)) > 0.5).save(path)
-    expected = load_characters(str(tmp_path), False, str(cache_dir), 14)
-    open_to_all(cache_dir)
-    (path,) = cache_dir.iterdir()
-    path.unlink()
-    with pytest.warns(UserWarning, match=r"is not used \(the folder can be written by all users\): the drawings are"):
-        found = load_characters(str(tmp_path), False, str(cache_dir), 14)
-    assert torch.equal(found.images, expected.images)
-    assert list(cache_dir.iterdir()) == []
-
-
 # A cache that changes under a run
 
 
@@ -250,3 +231,48 @@ def test_pixels_that_fit_are_in_memory(folder: Path, cache_dir: Path) -> None:
     (path,) = (path for path in cache_dir.iterdir() if path.suffix == ".pixels")
     cut_short(path)
     assert torch.equal(pixels(store), expected)
+
+
+# Where it is, and what is made of damage
+
+
+def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder(None) == tmp_path / ".cache" / "fomal"
+    assert cache_folder("~/mine") == tmp_path / "mine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(None) == tmp_path / "xdg" / "fomal"
+
+
+def test_no_home_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(RuntimeError, match=r"^cache_dir=None needs a home directory.*: set data.cache_dir to a folder"):
+        cache_folder(None)
+
+
+def test_damaged_arrays_are_not_read(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "some.cache", {"numbers": np.arange(3000)}
+    write_arrays(path, arrays)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    npz, a_pickle = content[content.index(b"PK") :], b"\x80\x04K\x01."
+    for damaged in (b"", content[:20], content[:-1], content + b"\0", flipped, npz, a_pickle):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=f"^The cache file {path} is damaged .*: building it again.$"):
+            assert read_arrays(path) is None
+    write_arrays(path, {"objects": np.array([print, None], dtype=object)})
+    with pytest.warns(UserWarning, match="allow_pickle"):
+        assert read_arrays(path) is None
+
+
+def test_cache_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    written, ordinary = tmp_path / "some.cache", tmp_path / "ordinary"
+    write_arrays(written, {"numbers": np.arange(3)})
+    ordinary.touch()
+    assert written.stat().st_mode == ordinary.stat().st_mode
