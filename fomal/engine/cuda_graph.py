@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomal.engine.pytree import flatten, parts, signature, skeleton, unflatten
 from fomal.engine.tracing import NARROW_TOLERANCE, WIDE_TOLERANCE
 from fomal.utils.checks import first_line
+from fomal.utils.pytree import flatten, parts, signature, skeleton, unflatten
 from fomal.utils.tree import difference
 
 log = logging.getLogger(__name__)

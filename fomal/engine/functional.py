@@ -7,31 +7,33 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomal.models.parameters import buffers, slots
+from fomal.utils.pytree import Data, leaves
 from fomal.utils.tree import Tree
 
 SHORT = (torch.bfloat16, torch.float16)
 
 
-def forward(network: nn.Module, params: Tree, x: Tensor) -> Any:
+def forward(network: nn.Module, params: Tree, x: Data) -> Any:
     """`network(x)` with other values of its parameters.
 
     Args:
         network: any module; one parameter may be in several of its places (tied weights), and a module likewise.
         params: some of the parameters by their first names. 16-bit networks have them in 16 bits within.
-        x: inputs.
+        x: inputs, a tensor or nested dicts of tensors, which the network gets as they are.
 
     Raises:
         ValueError: a name is of no parameter.
     """
     given = {slot: params[name] for slot, name in slots(network).items() if name in params}
-    if x.dtype in SHORT:  # the inner loop's own parameters are kept in 32 bits
-        given = {slot: p.to(x.dtype) for slot, p in given.items()}
-    elif not x.is_floating_point():
+    dtypes = [t.dtype for t in leaves(x) if t.is_floating_point()]
+    if short := [dtype for dtype in dtypes if dtype in SHORT]:  # the inner loop's own parameters are kept in 32 bits
+        given = {slot: p.to(short[0]) for slot, p in given.items()}
+    elif not dtypes:
         own = {slot: network.get_parameter(slot).dtype for slot in given} if is_short(network) else {}
         given = {slot: p.to(own.get(slot)) if p.dtype == torch.float32 else p for slot, p in given.items()}
     if len(given) < len(params) and (unknown := params.keys() - slots(network).values()):

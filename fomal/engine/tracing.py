@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from fomal.engine.functional import full_precision, helpers, is_short, with_helpers
 from fomal.engine.kernels import StackedOperations
-from fomal.engine.pytree import autocast_dtype, flatten, signature, skeleton, unflatten
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import Snapshot, changes, settings
+from fomal.utils.pytree import autocast_dtype, flatten, map_leaves, signature, skeleton, unflatten
 from fomal.utils.tree import Tree, difference
 
 log = logging.getLogger(__name__)
@@ -100,12 +99,13 @@ class Tracer:
         Args:
             name: tells functions apart, with all that they depend on beside their arguments and the network.
             function: any.
-            args: tensors, and dicts of them; parameters by their names.
+            args: tensors, in nested dicts and tuples; of these the first holds parameters by their names, in one dict
+                or several.
         """
         if not self.is_on:
             return function(*args)
         modes = self._look()
-        whole_args = (self._tensors(args), *args)
+        whole_args = (self._tensors(args[0]), *args)
         leaves, form = flatten(whole_args)
         if any(_is_transformed(leaf) for leaf in leaves):
             return function(*args)
@@ -136,9 +136,9 @@ class Tracer:
         self._seen = now
         return now.modes
 
-    def _tensors(self, args: Any) -> Tree:
-        """The network's tensors that are not among the arguments."""
-        given = frozenset().union(*(part for part in args if isinstance(part, dict)))
+    def _tensors(self, params: Tree | tuple[Tree, ...]) -> Tree:
+        """The network's tensors beside given parameters."""
+        given = frozenset(params) if isinstance(params, dict) else frozenset().union(*params)
         if given not in self._others:
             self._others[given] = helpers(self.network, set(given))
         wanted = torch.is_grad_enabled()
@@ -308,7 +308,7 @@ def _wide(function: Function, args: Any) -> tuple[Any, Any] | None:
     """Arguments and result in float64; None where they are so, or where parts of the network are not among them."""
     if not any(leaf.dtype == torch.float32 for leaf in flatten(args)[0]):
         return None
-    wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
+    wide = map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
     try:
         return wide, function(*wide)
     except Exception:  # of networks with types of their own
@@ -321,7 +321,7 @@ def _shaken(function: Function, args: Any) -> tuple[Any, Any]:
     def shake(leaf: Tensor) -> Tensor:
         return leaf * (1 + torch.finfo(leaf.dtype).eps * torch.randn_like(leaf)) if leaf.is_floating_point() else leaf
 
-    shaken = tree_map(shake, args)
+    shaken = map_leaves(shake, args)
     return shaken, function(*shaken)
 
 

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from fomal.utils.checks import first_line, numbers
+from fomal.utils.pytree import Data, described, leaves, map_leaves
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Data], Data]
 """The network at one task's parameters: inputs (B, *input) to outputs (B, ...)."""
 
 
 class Loss(ABC):
     """A task's loss as a function of the network, which a loss may run on any inputs, and any number of times.
 
+    Inputs, targets and outputs are tensors, or nested dicts of tensors where the data or the network have these; each
+    tensor is (B, ...), and below stands for such dicts too.
+
     A loss is a value: `__call__` draws no random numbers and changes nothing, so that it may be vectorised over tasks,
     traced and differentiated twice. Settings are attributes; what is computed with one is never used with another.
     """
 
     @abstractmethod
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, forward: Forward, x: Data, y: Data) -> Tensor:
         """The loss of each example; their mean is taken elsewhere (`mean_over_examples`).
 
         Args:
@@ -36,27 +40,27 @@ class Loss(ABC):
             (B,), floating point.
         """
 
-    def weights(self, y: Tensor) -> Tensor | None:
+    def weights(self, y: Data) -> Tensor | None:
         """How much each example counts in the mean over examples, (B,), not negative; None: all the same."""
         return None
 
-    def predict(self, forward: Forward, x: Tensor) -> Tensor:
+    def predict(self, forward: Forward, x: Data) -> Data:
         """What is predicted for inputs (B, *input), (B, *prediction): the network's outputs, unless a loss differs."""
         return forward(x)
 
-    def metrics(self, y: Tensor) -> tuple[str, ...]:
+    def metrics(self, y: Data) -> tuple[str, ...]:
         """The figures that an evaluation of targets `y` gives unless told otherwise.
 
         Returns:
             ("accuracy",), the share of labels at which the last axis of the prediction is largest, or ("loss",).
         """
-        return ("loss",) if y.is_floating_point() else ("accuracy",)
+        return ("accuracy",) if isinstance(y, Tensor) and not y.is_floating_point() else ("loss",)
 
     def outputs(self, size: int) -> int:
         """How many outputs the network needs, where the data have `size` classes or targets: as many, as it is."""
         return size
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:  # noqa: B027 # it may refuse nothing
+    def check(self, forward: Forward, x: Data, y: Data, ways: int) -> None:  # noqa: B027 # it may refuse nothing
         """Refuse a network or data that the loss does not fit, on a mini-batch of one task; as it is, nothing.
 
         Args:
@@ -81,25 +85,29 @@ def mean_over_examples(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
 
 
-def at_least_32_bits(t: Tensor) -> Tensor:
-    """The tensor, with 16-bit floating-point numbers as 32-bit ones."""
-    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+def at_least_32_bits(value: Data) -> Data:
+    """The same tensors, with 16-bit floating-point numbers as 32-bit ones."""
+
+    def widened(t: Tensor) -> Tensor:
+        return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+
+    return map_leaves(widened, value)
 
 
-def mean_loss(loss: Loss, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+def mean_loss(loss: Loss, forward: Forward, x: Data, y: Data) -> Tensor:
     """The loss of one task's mini-batch, (): x (B, *input) and y (B, *target)."""
     y = at_least_32_bits(y)
     losses = loss(lambda x: at_least_32_bits(forward(x)), x, y)  # (B,)
     return mean_over_examples(losses, loss.weights(y))
 
 
-def check_loss(loss: Loss, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+def check_loss(loss: Loss, forward: Forward, x: Data, y: Data, ways: int) -> None:
     """Try a loss on a mini-batch of one task; see `Loss.check`, whose arguments these are.
 
     Raises:
         ValueError: the loss does not fit network and data, or does not give one number for each example.
     """
-    y, name = at_least_32_bits(y), type(loss).__name__
+    y, name, examples = at_least_32_bits(y), type(loss).__name__, len(leaves(x)[0])
     try:
         loss.check(forward, x, y, ways)
         losses, weights = loss(lambda x: at_least_32_bits(forward(x)), x, y), loss.weights(y)
@@ -107,20 +115,41 @@ def check_loss(loss: Loss, forward: Forward, x: Tensor, y: Tensor, ways: int) ->
         raise
     except Exception as error:  # of users' losses: many kinds
         raise ValueError(
-            f"model.loss {name} fails on inputs {tuple(x.shape)} of {x.dtype} and targets {tuple(y.shape)} of "
-            f"{y.dtype} ({first_line(error)}): change the loss, the network's outputs or the data."
+            f"model.loss {name} fails on inputs {described(x)} and targets {described(y)} ({first_line(error)}): "
+            f"change the loss, the network's outputs or the data."
         ) from error
     for found, what in ((losses, "returns"), (weights, "has weights")):
         if found is None and what == "has weights":
             continue
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if shape != (len(x),):
+        if shape != (examples,):
             raise ValueError(
-                f"model.loss {name} {what} {shape} for a mini-batch of {len(x)} examples: give ({len(x)},), one number "
-                f"for each, without the mean over them."
+                f"model.loss {name} {what} {shape} for a mini-batch of {examples} examples: give ({examples},), one "
+                f"number for each, without the mean over them."
             )
     if not losses.is_floating_point():
         raise ValueError(f"model.loss {name} returns {losses.dtype}: give floating-point numbers.")
+
+
+def one_tensor(loss: Loss, forward: Forward, x: Data) -> Tensor:
+    """The network's output; ValueError where it is several tensors, of which a loss takes one."""
+    output = forward(x)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"model.network returns a {type(output).__name__} rather than one tensor, {described(output)}, of which "
+            f"{type(loss).__name__} knows nothing: let its forward return the one alone, or give model.loss a "
+            f"fomal.inner.Loss of your own."
+        )
+    return output
+
+
+def refuse_several(loss: Loss, y: Data) -> None:
+    """Raise ValueError where targets are several tensors, of which a loss takes one."""
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"the data's targets are {described(y, 1)} per example, but {type(loss).__name__} takes one tensor: give "
+            f"model.loss a fomal.inner.Loss of your own, or give one tensor."
+        )
 
 
 def constant(values: Any, like: Tensor) -> Tensor:

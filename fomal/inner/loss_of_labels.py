@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomal.inner.loss import Forward, Loss, constant, refuse_unless_positive
+from fomal.inner.loss import Forward, Loss, constant, one_tensor, refuse_several, refuse_unless_positive
 from fomal.tasks.episode import NO_TARGET
 from fomal.utils.checks import nonnegative
+from fomal.utils.pytree import Data, leaves, map_leaves
 
 
 class CrossEntropy(Loss):
@@ -39,7 +40,7 @@ class CrossEntropy(Loss):
             class_weights = refuse_unless_positive("class_weights", class_weights)
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, forward: Forward, x: Data, y: Tensor) -> Tensor:
         """See `Loss`."""
         logits = forward(x)  # (B, *places, C)
         losses = F.cross_entropy(
@@ -69,10 +70,10 @@ class CrossEntropy(Loss):
         weights = torch.tensor(self.class_weights, dtype=torch.float64, device=y.device)
         return weights[y.where(given, 0)] * given
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         _refuse_numbers(self, y)
-        found, wanted = _shape(forward(x)), (*y.shape, ways)
+        found, wanted = tuple(one_tensor(self, forward, x).shape), (*y.shape, ways)
         if self.class_weights is not None and len(self.class_weights) != ways:
             raise ValueError(
                 f"class_weights of CrossEntropy has {len(self.class_weights)} entries, but data.ways={ways}: give one "
@@ -95,15 +96,15 @@ class BradleyTerry(Loss):
     """Negative log-likelihood of preferences between two things, -log sigmoid(r_y - r_(1 - y)), r_i = forward(x_i).
 
     The model of Bradley & Terry 1952 (Biometrika 39, 324-345) for rewards r, as equation (1) of Christiano et al. 2017
-    (arXiv:1706.03741). Inputs are pairs x (B, 2, *input), each of whose parts the network sees as an input of its own,
-    and outputs one reward for, (B,) or (B, 1); y (B,) int64 says which is preferred, 0 or 1, so `ways` is 2. What is
-    predicted are both rewards, (B, 2): their softmax is the probability that each is preferred.
+    (arXiv:1706.03741). Inputs are pairs x (B, 2, *input), in dicts each tensor, and the network sees each of the two as
+    an input of its own, for which it gives one reward, (B,) or (B, 1); y (B,) int64 says which is preferred, 0 or 1, so
+    `ways` is 2. What is predicted are both rewards, (B, 2): their softmax is the probability that each is preferred.
 
     Raises:
         ValueError: at first use, for other shapes, targets that are no labels, or another number of `ways` than 2.
     """
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, forward: Forward, x: Data, y: Tensor) -> Tensor:
         """See `Loss`."""
         return F.cross_entropy(self.predict(forward, x), y, ignore_index=NO_TARGET, reduction="none")
 
@@ -111,15 +112,16 @@ class BradleyTerry(Loss):
         """See `Loss`: 0 without a target."""
         return y != NO_TARGET
 
-    def predict(self, forward: Forward, x: Tensor) -> Tensor:
+    def predict(self, forward: Forward, x: Data) -> Tensor:
         """Both rewards, (B, 2)."""
-        return forward(x.flatten(0, 1)).reshape(-1, 2)
+        rewards: Tensor = forward(_apart(x))
+        return rewards.reshape(-1, 2)
 
     def outputs(self, size: int) -> int:
         """See `Loss`: the reward alone."""
         return 1
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         _refuse_numbers(self, y)
         if ways != 2 or y.ndim != 1:
@@ -127,17 +129,18 @@ class BradleyTerry(Loss):
                 f"BradleyTerry needs one label of 2 for each pair, but the labels are {tuple(y.shape[1:])} per example "
                 f"of {ways} classes: give Episode.ways=2 and labels (tasks, examples), 0 or 1."
             )
-        if x.ndim < 2 or x.shape[1] != 2:
+        if single := [t for t in leaves(x) if t.ndim < 2 or t.shape[1] != 2]:
             raise ValueError(
-                f"BradleyTerry needs pairs, but the data's inputs are {tuple(x.shape[1:])} per example: give (2, "
-                f"*input), the two that are compared."
+                f"BradleyTerry needs pairs, but the data's inputs are {tuple(single[0].shape[1:])} per example: give "
+                f"(2, *input), the two that are compared."
             )
-        found = _shape(forward(x.flatten(0, 1)))
-        if found not in ((2 * len(x),), (2 * len(x), 1)):
+        found = tuple(one_tensor(self, forward, _apart(x)).shape)
+        if found not in ((2 * len(y),), (2 * len(y), 1)):
             raise ValueError(f"model.network returns {found[1:]} for each of a pair: give it one output, the reward.")
 
 
-def _refuse_numbers(loss: Loss, y: Tensor) -> None:
+def _refuse_numbers(loss: Loss, y: Data) -> None:
+    refuse_several(loss, y)
     if y.is_floating_point():
         raise ValueError(
             f"{type(loss).__name__} needs int64 labels, but the data's targets are {y.dtype}: use another loss, e.g. "
@@ -150,5 +153,6 @@ def _total(t: Tensor) -> Tensor:
     return t if t.ndim == 1 else t.flatten(1).sum(1)
 
 
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
+def _apart(x: Data) -> Data:
+    """The parts of pairs (B, 2, *input), (2 B, *input)."""
+    return map_leaves(lambda t: t.flatten(0, 1), x)

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.inner.loss import Forward, Loss, constant, refuse_unless_positive
+from fomal.inner.loss import Forward, Loss, constant, one_tensor, refuse_several, refuse_unless_positive
 from fomal.inner.loss_of_labels import CrossEntropy
+from fomal.utils.pytree import Data, described
 
 
 class _Targets(Loss):
     """A loss between outputs and floating-point targets, which have one shape; the mean over an example's outputs."""
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, forward: Forward, x: Data, y: Tensor) -> Tensor:
         """See `Loss`."""
         output = forward(x)  # (B, *target)
         return _mean(self._between(output, y.to(output.dtype)))
@@ -25,10 +26,10 @@ class _Targets(Loss):
         """The loss of each output, shaped as both."""
         raise NotImplementedError
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         _refuse_labels(self, y)
-        if (found := _shape(forward(x))) != y.shape:
+        if (found := tuple(one_tensor(self, forward, x).shape)) != y.shape:
             raise ValueError(
                 f"model.network returns {found[1:]} per example, but the data's targets are {tuple(y.shape[1:])}: give "
                 f"the network as many outputs."
@@ -95,7 +96,7 @@ class BinaryCrossEntropy(_Targets):
         weight = None if self.pos_weight is None else constant(self.pos_weight, output)
         return F.binary_cross_entropy_with_logits(output, y, pos_weight=weight, reduction="none")
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         super().check(forward, x, y, ways)
         if wrong := y[(y < 0) | (y > 1)].tolist():
@@ -137,7 +138,7 @@ class Elementwise(_Targets):
         found: Tensor = self.loss(output, y)
         return found
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         super().check(forward, x, y, ways)
         if (found := self.loss(forward(x), y)).shape != y.shape:
@@ -155,7 +156,7 @@ class _Several(Loss):
 
     each: int
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, forward: Forward, x: Data, y: Tensor) -> Tensor:
         """See `Loss`."""
         output, y = forward(x).reshape(*_columns(y)[:-1], self.each, -1), y.reshape(_columns(y))
         return _mean(self._between(output, y.to(output.dtype)))
@@ -168,12 +169,12 @@ class _Several(Loss):
         """See `Loss`: so many for each target."""
         return self.each * size
 
-    def check(self, forward: Forward, x: Tensor, y: Tensor, ways: int) -> None:
+    def check(self, forward: Forward, x: Data, y: Tensor, ways: int) -> None:
         """See `Loss`."""
         _refuse_labels(self, y)
         *before, size = _columns(y)
-        found, wanted = _shape(forward(x)), (*before, self.each * size)
-        if found != wanted and (found, wanted) != ((len(x),), (len(x), 1)):
+        found, wanted = tuple(one_tensor(self, forward, x).shape), (*before, self.each * size)
+        if found != wanted and (found, wanted) != ((len(y),), (len(y), 1)):
             raise ValueError(
                 f"model.network returns {found[1:]} per example, but the data's targets are {tuple(y.shape[1:])}, and "
                 f"{type(self).__name__} has {self.each} outputs for each: give the network outputs {wanted[1:]}."
@@ -227,8 +228,17 @@ class GaussianLikelihood(_Several):
 _CROSS_ENTROPY, _SQUARED_ERROR = CrossEntropy(), SquaredError()
 
 
-def loss_for(y: Tensor) -> Loss:
-    """The loss for targets where none is given: cross-entropy for int64 labels, squared error for real targets."""
+def loss_for(y: Data) -> Loss:
+    """The loss for targets where none is given: cross-entropy for int64 labels, squared error for real targets.
+
+    Raises:
+        ValueError: the targets are dicts.
+    """
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"model.loss is not given, and targets that are a dict, {described(y)}, have no loss of their own: give "
+            f"model.loss a fomal.inner.Loss of your own."
+        )
     return _SQUARED_ERROR if y.is_floating_point() else _CROSS_ENTROPY
 
 
@@ -237,16 +247,13 @@ def looks_like_labels(y: Tensor) -> bool:
     return y.is_floating_point() and y[0].numel() > 1 and bool(((y == 0) | (y == 1)).all())
 
 
-def _refuse_labels(loss: Loss, y: Tensor) -> None:
+def _refuse_labels(loss: Loss, y: Data) -> None:
+    refuse_several(loss, y)
     if not y.is_floating_point():
         raise ValueError(
             f"{type(loss).__name__} needs floating-point targets, but the data's are {y.dtype} labels: use another "
             f"loss, e.g. fomal.inner.CrossEntropy, or give targets."
         )
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
 
 
 def _columns(y: Tensor) -> tuple[int, ...]:

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fomal.engine.functional import forward, full_precision, helpers, plain_attention, with_helpers
 from fomal.engine.tracing import Tracer
 from fomal.inner.loss import Loss, mean_loss
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.utils import pytree
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import Snapshot, settings
+from fomal.utils.pytree import Data, leaves, map_leaves
 from fomal.utils.tree import Tree, detach, difference, stack
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ NARROW_TOLERANCE = 1e-2
 
 class Objective:
     """The inner problem of a network: the mean of a loss over the examples of each task, and its derivatives.
+
+    Inputs x (T, B, *input), targets y (T, B, *target) and predictions are tensors, or nested dicts of tensors, each in
+    its dtype, that share these first axes; network and loss get one task's, without the first axis.
 
     Tasks are vectorised with `torch.func.vmap`; a network that cannot be (data-dependent control flow, say) is run
     in a loop over the tasks, with the same results.
@@ -105,8 +109,8 @@ class Objective:
         other.loss, other.query_loss = self.query_loss, None
         return other
 
-    def loss_of(self, y: Tensor) -> Loss:
-        """The loss of targets (..., *target)."""
+    def loss_of(self, y: Data) -> Loss:
+        """The loss of targets (..., *target); ValueError where none is given for targets that are dicts."""
         return loss_for(y) if self.loss is None else self.loss
 
     def losses_used(self) -> tuple[Any, ...]:
@@ -116,10 +120,10 @@ class Objective:
     def settle(
         self,
         params: Tree,
-        x: Tensor,
-        y: Tensor,
+        x: Data,
+        y: Data,
         second_order: bool = False,
-        query: Sequence[Tensor] = (),
+        query: Sequence[Data] = (),
     ) -> None:
         """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop.
 
@@ -138,7 +142,7 @@ class Objective:
         examples = (x, y, *query)
         reason: str | None = ""
         if not self.is_given:
-            reason = self._settled(stack(params, len(x)), examples, second_order)
+            reason = self._settled(stack(params, len(leaves(x)[0])), examples, second_order)
             self.vectorize = reason == ""
         self._seen = Snapshot(self.network)
         changed = before.changed(self._seen)
@@ -152,7 +156,7 @@ class Objective:
                 reason,
             )
 
-    def _settled(self, params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> str | None:
+    def _settled(self, params: Tree, examples: tuple[Data, ...], second_order: bool) -> str | None:
         """Why the tasks cannot be vectorised; empty where they can, None where it cannot be told."""
         was_training = self.network.training
         modes = [(module, module.training) for module in self.network.modules()]
@@ -160,7 +164,7 @@ class Objective:
         self._is_settling = True
         try:
             # Rounding is not what is looked for.
-            device = examples[0].device
+            device = leaves(examples)[0].device
             with torch.autocast(device.type, enabled=False), full_precision(device), _twice(second_order):
                 reason = self._try(params, examples, second_order)
         finally:
@@ -173,20 +177,20 @@ class Objective:
             reason = _reason(lambda: [part._over_tasks(part._loss)(params, x, y) for part, x, y in parts])
         return reason
 
-    def parts(self, x: Tensor, y: Tensor, *query: Tensor) -> list[tuple[Objective, Tensor, Tensor]]:
+    def parts(self, x: Data, y: Data, *query: Data) -> list[tuple[Objective, Data, Data]]:
         """What there is to settle: the objective, and that of the query sets where examples of these are given."""
-        return [(self, x, y), *([(self.for_queries(), *query)] if query else [])]  # type: ignore[list-item]
+        return [(self, x, y), *([(self.for_queries(), *query)] if query else [])]
 
-    def _try(self, params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> str | None:
+    def _try(self, params: Tree, examples: tuple[Data, ...], second_order: bool) -> str | None:
         """See `_settled`."""
 
-        def derivatives(params: Tree, examples: tuple[Tensor, ...], second_order: bool) -> list[Tree]:
+        def derivatives(params: Tree, examples: tuple[Data, ...], second_order: bool) -> list[Tree]:
             parts = self.parts(*examples)
             return [found for part, x, y in parts for found in part._derivatives(params, x, y, second_order)]
 
         run: Callable[..., list[Tree]] = with_helpers(self.network, derivatives)
         args = detach(helpers(self.network, set(params))), params, examples
-        wide = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
+        wide = map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
         self.vectorize = False
         tolerance = WIDE_TOLERANCE
         try:
@@ -202,7 +206,7 @@ class Objective:
         reason = reason or _difference(found, expected, tolerance, second_order)
         return reason or _reason(lambda: run(*args, second_order))
 
-    def _derivatives(self, params: Tree, x: Tensor, y: Tensor, second_order: bool) -> list[Tree]:
+    def _derivatives(self, params: Tree, x: Data, y: Data, second_order: bool) -> list[Tree]:
         """Gradients and, if asked for, the gradient of their squared norm, which has the Hessian in it."""
 
         def squared_norm(params: Tree) -> Tensor:
@@ -211,7 +215,7 @@ class Objective:
         first = self.gradients(params, x, y)[0]
         return [first, torch.func.grad(squared_norm)(params)] if second_order else [first]
 
-    def gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree | None = None) -> tuple[Tree, Tensor]:
+    def gradients(self, params: Tree, x: Data, y: Data, common: Tree | None = None) -> tuple[Tree, Tensor]:
         """Each task's loss and its gradient.
 
         Args:
@@ -224,16 +228,18 @@ class Objective:
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        return self.run(("gradients", self.losses_used()), self._gradients, params, x, y, common or {})  # type: ignore[no-any-return]
+        return self.run(("gradients", self.losses_used()), self._gradients, (params, common or {}), x, y)  # type: ignore[no-any-return]
 
-    def _gradients(self, params: Tree, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, Tensor]:
-        def loss(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+    def _gradients(self, both: tuple[Tree, Tree], x: Data, y: Data) -> tuple[Tree, Tensor]:
+        params, common = both
+
+        def loss(params: Tree, x: Data, y: Data) -> Tensor:
             return self._loss({**common, **params}, x, y)
 
         return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y)  # type: ignore[no-any-return]
 
     def step(
-        self, optimizer: InnerOptimizer, params: Tree, state: State, x: Tensor, y: Tensor, common: Tree
+        self, optimizer: InnerOptimizer, params: Tree, state: State, x: Data, y: Data, common: Tree
     ) -> tuple[Tree, State, Tensor]:
         """One step of an optimiser on each task's mini-batch: parameters and state after it, and the losses before it.
 
@@ -246,15 +252,15 @@ class Objective:
             common: as for `gradients`.
         """
 
-        def step(params: Tree, state: State, x: Tensor, y: Tensor, common: Tree) -> tuple[Tree, State, Tree, Tensor]:
-            gradient, loss = self._gradients(params, x, y, common)
-            return *optimizer.update(gradient, state, params), gradient, loss  # a trace is judged by its gradient
+        def step(both: tuple[Tree, Tree], state: State, x: Data, y: Data) -> tuple[Tree, State, Tree, Tensor]:
+            gradient, loss = self._gradients(both, x, y)
+            return *optimizer.update(gradient, state, both[0]), gradient, loss  # a trace is judged by its gradient
 
         name = "step", settings(optimizer), self.losses_used()
-        moved, state, _, loss = self.run(name, step, params, state, x, y, common)
+        moved, state, _, loss = self.run(name, step, (params, common), state, x, y)
         return moved, state, loss
 
-    def hessian_products(self, params: Tree, x: Tensor, y: Tensor, vectors: Tree) -> Tree:
+    def hessian_products(self, params: Tree, x: Data, y: Data, vectors: Tree) -> Tree:
         """Each task's Hessian of the loss times a vector of its own, by differentiating twice.
 
         Args:
@@ -273,34 +279,40 @@ class Objective:
         with plain_attention():
             return torch.func.grad(along)(params)  # type: ignore[no-any-return]
 
-    def losses(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
+    def losses(self, params: Tree, x: Data, y: Data) -> Tensor:
         """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
         return self.run(("losses", self.losses_used()), self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
 
-    def predict(self, params: Tree, x: Tensor) -> Tensor:
+    def predict(self, params: Tree, x: Data) -> Data:
         """Predictions (T, B, *prediction) with all of a task's inputs x (T, B, *input) in one forward pass."""
-        return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), params, x)  # type: ignore[no-any-return]
+        return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), params, x)
 
-    def predict_inductive(self, params: Tree, support_x: Tensor, query_x: Tensor) -> Tensor:
+    def predict_inductive(self, params: Tree, support_x: Data, query_x: Data) -> Data:
         """Predictions (T, Q, *prediction), each query forwarded together with the whole support set and nothing else.
+
+        Where the two differ in structure, in the shapes of single examples or in dtypes (a query may lack what the
+        support has), they cannot share a batch, and each query is forwarded as a batch of its own.
 
         Args:
             params: stacked parameters.
             support_x: (T, S, *input).
             query_x: (T, Q, *input).
         """
+        together = _kinds(support_x) == _kinds(query_x)
 
-        def with_support(params: Tree, support: Tensor, query: Tensor) -> Tensor:
-            return self._prediction(params, torch.cat([support, query[None]]))[-1]  # (S + 1, *input) -> (*prediction)
+        def one(params: Tree, support: Data, query: Data) -> Data:
+            """(S, *input) and (*input) to (*prediction)."""
+            query = map_leaves(lambda t: t[None], query)
+            x = map_leaves(lambda *parts: torch.cat(parts), support, query) if together else query
+            return map_leaves(lambda t: t[-1], self._prediction(params, x))
 
-        def task(params: Tree, support: Tensor, queries: Tensor) -> Tensor:
+        def task(params: Tree, support: Data, queries: Data) -> Data:
             if self.vectorize:
-                return torch.func.vmap(with_support, in_dims=(None, None, 0), randomness="different")(
-                    params, support, queries
-                )
-            return torch.stack([with_support(params, support, query) for query in queries])
+                return torch.func.vmap(one, in_dims=(None, None, 0), randomness="different")(params, support, queries)
+            count = len(leaves(queries)[0])
+            return pytree.stack([one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)])
 
-        return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)  # type: ignore[no-any-return]
+        return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)
 
     def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, traced where that is on; see `Tracer.__call__`."""
@@ -308,13 +320,13 @@ class Objective:
             return function(*args)
         return self.tracer(name, function, *args)
 
-    def _forward(self, params: Tree, x: Tensor) -> Tensor:
-        return forward(self.network, params, x)  # type: ignore[no-any-return]
+    def _forward(self, params: Tree, x: Data) -> Data:
+        return forward(self.network, params, x)
 
-    def _prediction(self, params: Tree, x: Tensor) -> Tensor:
+    def _prediction(self, params: Tree, x: Data) -> Data:
         return self._forward(params, x) if self.loss is None else self.loss.predict(partial(self._forward, params), x)
 
-    def _loss(self, params: Tree, x: Tensor, y: Tensor) -> Tensor:
+    def _loss(self, params: Tree, x: Data, y: Data) -> Tensor:
         return mean_loss(self.loss_of(y), partial(self._forward, params), x, y)
 
     def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,18 +334,21 @@ class Objective:
             vectorised = torch.func.vmap(fn, randomness="different")
 
             def together(*args: Any) -> Any:
-                with plain_attention(kernels=tree_flatten(args)[0][0].device.type == "cpu"):
+                with plain_attention(kernels=leaves(args)[0].device.type == "cpu"):
                     return vectorised(*args)
 
             return together
 
         def looped(*args: Any) -> Any:
-            tasks = len(args[-1])
-            results = [fn(*tree_map(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)]
-            leaves = zip(*(tree_flatten(result)[0] for result in results), strict=True)
-            return tree_unflatten([torch.stack(leaf) for leaf in leaves], tree_flatten(results[0])[1])
+            tasks = len(leaves(args[-1])[0])
+            return pytree.stack([fn(*map_leaves(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)])
 
         return looped
+
+
+def _kinds(x: Data) -> Any:
+    """The shapes of single examples of x (T, B, *input), and their dtypes, in the same dicts."""
+    return map_leaves(lambda t: (t.shape[2:], t.dtype), x)
 
 
 def _reason(run: Callable[[], object]) -> str:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import changes
+from fomal.utils.pytree import Data, described, is_data, leaves
 
 
 def refuse_unusable(network: nn.Module) -> None:
@@ -56,7 +57,7 @@ def refuse_unusable(network: nn.Module) -> None:
             raise ValueError(f"{key!r} of model.network has dtype {p.dtype}: use floating-point parameters.")
 
 
-def checked(network: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
+def checked(network: nn.Module, y: Data) -> Callable[[Data], Data]:
     """The network as a function of inputs (B, *input) that refuses outputs no loss can do with.
 
     Args:
@@ -65,34 +66,37 @@ def checked(network: nn.Module, y: Tensor) -> Callable[[Tensor], Tensor]:
 
     Returns:
         A function that raises ValueError where the network fails, changes a buffer, or returns something else than a
-        floating-point tensor.
+        floating-point tensor, or nested dicts of tensors with one of these at least.
     """
-    wanted = "targets" if y.is_floating_point() else "logits"
+    wanted = "logits" if isinstance(y, Tensor) and not y.is_floating_point() else "targets"
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Data) -> Data:
         output = _run(network, x)
-        if not isinstance(output, Tensor):
+        if not is_data(output):
             raise ValueError(
-                f"model.network returns a {type(output).__name__} rather than a tensor of {wanted}: let its forward "
-                f"return these alone."
+                f"model.network returns {described(output, 1)} rather than a tensor of {wanted}: let its forward "
+                f"return these alone, or nested dicts of tensors alone."
             )
-        if not output.is_floating_point():
-            raise ValueError(f"model.network returns {output.dtype}: let its forward return floating-point {wanted}.")
+        if not any(t.is_floating_point() for t in leaves(output)):
+            kind = output.dtype if isinstance(output, Tensor) else described(output)
+            raise ValueError(f"model.network returns {kind}: let its forward return floating-point {wanted}.")
         return output
 
     return forward
 
 
-def _run(network: nn.Module, x: Tensor) -> Any:
+def _run(network: nn.Module, x: Data) -> Any:
     before = {name: changes(t) for name, t in network.named_buffers()}
     try:
         output = network(x)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of users' modules: many kinds
+        one = isinstance(x, Tensor)
+        shapes = f"{tuple(x.shape[1:])} per example of {x.dtype}" if one else f"{described(x, 1)} per example"
         raise ValueError(
-            f"model.network does not take the data's inputs, {tuple(x.shape[1:])} per example of {x.dtype} "
-            f"({first_line(error)}): give the network their size, e.g. its image_size and in_channels, and its dtype."
+            f"model.network does not take the data's inputs, {shapes} ({first_line(error)}): give the network their "
+            f"size, e.g. its image_size and in_channels, and its dtype."
         ) from error
     if changed := [name for name, t in network.named_buffers() if changes(t) != before.get(name, 0)]:
         raise ValueError(

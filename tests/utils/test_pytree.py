@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fomal.engine import pytree
+from fomal.utils import pytree
 
 
 class Pair(NamedTuple):
@@ -51,3 +51,21 @@ def test_parts_are_the_dicts_and_the_loose_tensors() -> None:
     found = pytree.parts(VALUE)
     assert [list(part) for part in found] == [[""], ["x", "a"], [""]]
     assert all(t.is_floating_point() for part in found for t in part.values())
+
+
+def test_leaves_are_mapped_beside_each_other() -> None:
+    other = pytree.map_leaves(lambda t: 3 * t, VALUE)
+    other = dict(reversed(other.items()))  # dicts in any order
+    found = pytree.map_leaves(torch.sub, other, VALUE)
+    torch.testing.assert_close(found["b"], tree_map(lambda t: 2 * t, VALUE["b"]), rtol=0, atol=0)
+    assert isinstance(found["a"], Pair)
+    assert found["a"].size == 5
+    value = {"x": [torch.zeros(2, 3).long(), torch.ones(2)], "y": "z"}
+    assert [len(t) for t in pytree.leaves(pytree.stack([value, value, value]))] == [3, 3]
+    assert pytree.described(value["x"][0], 1) == "(3,) of torch.int64"
+    assert (
+        pytree.described({"x": {"y": torch.ones(())}, "z": None})
+        == "{'x': {'y': () of torch.float32}, 'z': a NoneType}"
+    )
+    assert pytree.is_data({"x": {"y": torch.ones(())}})
+    assert not any(map(pytree.is_data, ({}, {"x": {}}, {"x": None}, (torch.ones(2),), None)))
