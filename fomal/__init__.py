@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; `__getattr__` imports the same
     from fomal.adaptation import Adapted, Predictions, adapt
-    from fomal.evaluation import ClassificationResult, RegressionResult
+    from fomal.evaluation import ClassificationResult, ExampleMetric, Metric, RegressionResult, TaskMetric
     from fomal.inner import InnerOptimizer, Loss
-    from fomal.learner import Execution, InnerSchedule, MetaLearner, OuterStep
+    from fomal.learner import EvalSchedule, Execution, InnerSchedule, MetaLearner, OuterStep
     from fomal.outer import OuterRule
     from fomal.tasks import Episode, EpisodeDataModule
 
@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "adaptation": ("Adapted", "Predictions", "adapt"),
-    "evaluation": ("ClassificationResult", "RegressionResult"),
+    "evaluation": ("ClassificationResult", "ExampleMetric", "Metric", "RegressionResult", "TaskMetric"),
     "inner": ("InnerOptimizer", "Loss"),
-    "learner": ("Execution", "InnerSchedule", "MetaLearner", "OuterStep"),
+    "learner": ("EvalSchedule", "Execution", "InnerSchedule", "MetaLearner", "OuterStep"),
     "outer": ("OuterRule",),
     "tasks": ("Episode", "EpisodeDataModule"),
 }
@@ -28,15 +28,19 @@ __all__ = [
     "ClassificationResult",
     "Episode",
     "EpisodeDataModule",
+    "EvalSchedule",
+    "ExampleMetric",
     "Execution",
     "InnerOptimizer",
     "InnerSchedule",
     "Loss",
     "MetaLearner",
+    "Metric",
     "OuterRule",
     "OuterStep",
     "Predictions",
     "RegressionResult",
+    "TaskMetric",
     "adapt",
 ]
 

@@ -7,7 +7,6 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.adaptation.model import Adapted
 from fomal.data.images.image_format import ImageFormat
-from fomal.inner.loss import Loss
+from fomal.inner.loss import Loss, predicts_classes
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer
 from fomal.learner.build import build, read_checkpoint
 from fomal.learner.meta_learner import REPLICAS_GIVEN, MetaLearner
 from fomal.learner.restoring import misfits, take_dtypes
+from fomal.learner.settings import InnerSchedule
 from fomal.learner.watch import nonfinite, refuse_nonfinite_weights
 from fomal.models.classifier import Classifier
 from fomal.models.head import find_head, mean_rows, outputs, resize_head
@@ -101,7 +101,7 @@ def adapt(
         _rebuild_head(learner, ways, len(classes))
     if optimizer is not None:
         learner.inner_optimizer, learner.carried = optimizer, None
-    learner.eval_schedule = replace(learner.eval_schedule, steps=steps, batch_size=batch_size)
+    learner.eval_schedule = InnerSchedule(steps, batch_size, learner.eval_schedule.replacement)
     losses = _run(learner, image_format.normalize(support), y, len(classes), seed)
     about = _about(checkpoint, content, learner, ways, Trust(trust))
     about["adaptation"] |= {
@@ -116,7 +116,7 @@ def adapt(
 def _refuse_other_losses(learner: MetaLearner, y: Tensor) -> None:
     """Raise ValueError where the network's outputs are no logits of classes, as an adapted model takes them."""
     loss = learner.objective.loss_of(y)
-    if type(loss).predict is not Loss.predict or "accuracy" not in loss.metrics(y):
+    if type(loss).predict is not Loss.predict or not predicts_classes(loss, y):
         raise ValueError(
             f"the checkpoint's loss {type(loss).__name__} does not make the network's outputs logits of classes: adapt "
             f"in Python, by MetaLearner.inner_loop or evaluate."

@@ -105,12 +105,11 @@ class LearningCurve(Callback):
         folder = run_folder(trainer)  # in every process: it broadcasts
         if not trainer.is_global_zero or is_trial(trainer):
             return
-        folders = {folder: ""}
-        for part in parts_of(pl_module, getattr(trainer, "datamodule", None), folder):
-            folders[part.folder] = part.prefix
-        for own, prefix in folders.items():
+        parts = list(parts_of(pl_module, getattr(trainer, "datamodule", None), folder))
+        figures = parts[0].learner.results.get("figures") if parts else None  # those of replicas are the same
+        for own, prefix in ({folder: ""} | {part.folder: part.prefix for part in parts}).items():
             metrics, path = own / "metrics.csv", own / "curve.png"
             with dispensable("its learning curve"):
-                if metrics.is_file() and draw_curve([metrics], path):
+                if metrics.is_file() and draw_curve([metrics], path, figures):
                     log_figure(trainer, f"{prefix}curve", path)
                     rank_zero_info(f"The learning curve is drawn in {path}.")

@@ -15,9 +15,10 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fomal.evaluation.figures import read_figures
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.replicas import Replicas
 from fomal.utils.terminal import PlainConsole, logs_to_stderr
-
-_FIGURES = ("val/accuracy", "val/accuracy_transductive", "val/loss")
 
 
 class MetaProgressBar(ProgressBar):
@@ -121,10 +122,12 @@ class MetaProgressBar(ProgressBar):
         self._advance(self._done, "")
 
     def _validation_figures(self, trainer: L.Trainer) -> str:
-        shown = (
-            f"{name} {trainer.callback_metrics[name]:.4f}" for name in _FIGURES if name in trainer.callback_metrics
-        )
-        return "  ".join(shown)
+        module, values = trainer.lightning_module, trainer.callback_metrics
+        learner = module.learners[0] if isinstance(module, Replicas) else module  # means are logged of replicas
+        about = learner.results.get("figures", {}) if isinstance(learner, MetaLearner) else {}
+        shown = read_figures(about, [name for name in about if name in values], "results")
+        headline = {name: one for name, one in shown.items() if one.is_headline}
+        return "  ".join(f"{name} {one.with_unit(float(values[name]))}" for name, one in headline.items())
 
     def _open(self, what: str, total: int | None, start: int) -> None:
         self._last_time, self._last_step, self._rate = time.monotonic(), float(start), 0.0

@@ -15,14 +15,15 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
 
-from fomal.callbacks.folder import run_folder
-from fomal.evaluation.metrics import student_interval
+from fomal.callbacks.folder import is_trial, run_folder
+from fomal.evaluation.figures import Quantity, read_figures
+from fomal.evaluation.means import student_interval
 from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.replicas import Replicas, replica_folder
 from fomal.run.checkpoints import meta_iterations
 from fomal.run.provenance import commits, versions
 from fomal.tasks.episode import NO_TARGET, Episode
-from fomal.utils.files import write_csv, write_text
+from fomal.utils.files import dispensable, write_csv, write_text
 from fomal.utils.output import rank_zero_info
 from fomal.utils.processes import gather
 from fomal.utils.terminal import PlainConsole
@@ -31,9 +32,10 @@ from fomal.utils.terminal import PlainConsole
 class ResultsFile(Callback):
     """Prints a table after `test` or `validate`, and after `test` writes `results.json` into the run's folder.
 
-    Of `Replicas`, each that has not stopped has a file in a folder of its own, and the table is of means over them.
-    It holds the metrics with their 95 % half-widths, the number of tasks, seed, configuration, package versions,
-    git commits, checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
+    It holds the metrics with their 95 % half-widths, units and directions, the number of tasks, seed, configuration,
+    package versions, git commits, checkpoint and wall time in seconds. An earlier file is kept under a numbered name.
+    During `fit`, `metrics.json` says units and directions of the validation figures in `metrics.csv`. Of `Replicas`,
+    each that has not stopped has files in a folder of its own, and the table is of means over them.
     """
 
     def __init__(self) -> None:
@@ -44,8 +46,12 @@ class ResultsFile(Callback):
         self._started = time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the table after `validate`."""
-        if trainer.state.fn == "validate" and trainer.is_global_zero:
+        """Print the table after `validate`; in a training, write how its figures are shown."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.loggers and not is_trial(trainer):
+            folder = run_folder(trainer)  # in every process: it broadcasts
+            if trainer.is_global_zero:
+                _write_figures(pl_module, folder)
+        elif trainer.state.fn == "validate" and trainer.is_global_zero:
             self._print(pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,6 +87,20 @@ class ResultsFile(Callback):
         rank_zero_info(f"Results are in {path}.")
 
 
+def _write_figures(learner: L.LightningModule, folder: Path) -> None:
+    """Write `metrics.json`, of `Replicas` into each folder too, unless it is there."""
+    places = {folder: learner} if isinstance(learner, MetaLearner) else {}
+    if isinstance(learner, Replicas):
+        running = learner.running()
+        places = {folder: running[0][1]} | {folder / replica_folder(place): own for place, own in running}
+    for place, own in places.items():
+        assert isinstance(own, MetaLearner)
+        path, text = place / "metrics.json", json.dumps(own.results.get("figures", {}), indent=2) + "\n"
+        with dispensable("the units of its metrics"):
+            if not path.is_file() or path.read_text() != text:
+                write_text(path, text)
+
+
 def _strict(value: Any) -> Any:
     """The same with null for NaN and infinity, which JSON does not have: a single task has no interval."""
     if isinstance(value, dict):
@@ -100,15 +120,14 @@ def _meta_iterations(trainer: L.Trainer) -> int | None:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print metrics with their 95 % intervals over tasks, accuracies in per cent."""
+    """Print metrics in their units, with their 95 % intervals over tasks."""
     table = Table(title=f"{results['tasks']} tasks")
     table.add_column("metric")
     table.add_column("mean", justify="right")
     table.add_column("95 % interval", justify="right")
     metrics = results["metrics"]
-    for name in (name for name in metrics if not name.endswith("_ci95")):
-        scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
-        table.add_row(name, f"{scale * metrics[name]:{digits}}{unit}", f"± {scale * metrics[f'{name}_ci95']:{digits}}")
+    for name, shown in _quantities(results).items():
+        table.add_row(name, shown.with_unit(metrics[name]), f"± {shown.text(metrics[f'{name}_ci95'])}")
     PlainConsole().print(table)
 
 
@@ -118,13 +137,16 @@ def print_replicas(results: Mapping[int, dict[str, Any]]) -> None:
     table = Table(title=f"{len(results)} replicas, {first['tasks']} tasks each")
     for column in ("metric", "mean", "95 % over replicas", *map(str, results)):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for name in (name for name in first["metrics"] if not name.endswith("_ci95")):
-        scale, unit, digits = (100, " %", ".2f") if "accuracy" in name else (1, "", ".4f")
-        values = [scale * own["metrics"][name] for own in results.values()]
+    for name, shown in _quantities(first).items():
+        values = [own["metrics"][name] for own in results.values()]
         mean, half = student_interval(values)
-        each = (f"{value:{digits}}" for value in values)
-        table.add_row(name, f"{mean:{digits}}{unit}", f"± {half:{digits}}", *each)
+        table.add_row(name, shown.with_unit(mean), f"± {shown.text(half)}", *map(shown.text, values))
     PlainConsole().print(table)
+
+
+def _quantities(results: Mapping[str, Any]) -> dict[str, Quantity]:
+    names = [name for name in results["metrics"] if not name.endswith("_ci95")]
+    return read_figures(results.get("figures"), names, "results")
 
 
 class PredictionsFile(Callback):

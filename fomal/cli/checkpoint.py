@@ -17,8 +17,8 @@ from fomal.utils.output import say, tell
 KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's names for a checkpoint it finds itself
 
 # Settings that may differ from the checkpoint's: they change neither the weights nor which classes are tested.
-FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download"}
-FREE_TO_EVALUATE = ("model.eval.", "model.execution.")
+FREE_TO_RESUME = {"data.root", "data.cache_dir", "data.num_workers", "data.download", "model.metrics"}
+FREE_TO_EVALUATE = ("model.eval.", "model.execution.", "model.metrics")
 # Data settings that may not, beside the data's own `partition_settings`: the head has so many ways. Other data may be
 # tested on, which is what their class says.
 FIXED_DATA = {"ways"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from rich.table import Table
 
 from fomal.cli.arguments import Arguments
 from fomal.cli.errors import UsageError, did_you_mean
-from fomal.plots.compare import compare_figure, name_of, scale_of
+from fomal.evaluation.figures import Quantity
+from fomal.plots.compare import compare_figure
 from fomal.plots.runs import Method, Run, differing_settings, find_runs, methods, read_run
 from fomal.plots.save import save_figure
 from fomal.utils.files import check_path, check_writable, write_csv
@@ -32,7 +34,7 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     parser = Arguments(verb, "RUN... --out figure.png [--metric NAME] [--labels TEXT ...]", str(__doc__))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several")
     parser.add_argument("--out", type=Path, required=True, help="figure to write; a table is written beside it as .csv")
-    parser.add_argument("--metric", help="e.g. accuracy_transductive; by default accuracy, or loss")
+    parser.add_argument("--metric", help="e.g. accuracy_transductive; by default the first of the runs")
     parser.add_argument("--labels", nargs="+", help="names for the methods, in the order of the table")
     given = parser.parse(args)
     check_figure(given.out)
@@ -49,6 +51,7 @@ def run(verb: str, args: Sequence[str]) -> list[Method]:
     save(compare_figure(found, metric), given.out)
     write_rows(table, [{"label": method.label} | row for method in found for row in rows(method)])
     print_table(found)
+    tell_best(found, metric)
     differing = differing_settings([method.runs for method in found])
     differing = [key for key in differing if key.rpartition(".")[0] not in differing]  # another class says it all
     if differing and not given.labels:
@@ -94,15 +97,18 @@ def check_figure(path: Path) -> None:
 
 
 def choose_metric(found: Sequence[Method], asked: str | None = None) -> str:
-    """The figure to draw: `asked`, else accuracy if any method has it, else loss.
+    """The figure to draw: `asked`, else the first that says how well was learnt.
 
     Raises:
-        UsageError: not every method has it.
+        UsageError: not every method has it, or they have it in different units or directions.
     """
-    there = dict.fromkeys(name for method in found for name in method.metrics())
-    metric = (
-        asked.removeprefix("val/").removeprefix("test/") if asked else "accuracy" if "accuracy" in there else "loss"
-    )
+    there: dict[str, Quantity] = {}
+    for method in found:
+        for name in method.metrics():
+            there.setdefault(name, method.quantity(name))
+    first = next((name for name, one in there.items() if one.is_headline), next(iter(there), "accuracy"))
+    metric = asked.removeprefix("val/").removeprefix("test/") if asked else first
+    _refuse_other_units(found, list(there))
     lacking = [method for method in found if metric not in method.metrics()]
     if not lacking:
         return metric
@@ -111,6 +117,30 @@ def choose_metric(found: Sequence[Method], asked: str | None = None) -> str:
     hint = did_you_mean(metric, common) or f"; {remedy}."
     of = f"{lacking[0].runs[0].folder} has" if len(lacking) < len(found) else "the runs have"
     raise UsageError(f"--metric {metric}: {of} no such figure{hint}")
+
+
+def _refuse_other_units(found: Sequence[Method], names: Sequence[str]) -> None:
+    runs = [run for method in found for run in method.runs]
+    for name in names:
+        of = {(q.unit, q.higher_is_better): run for run in runs if name in run.metrics() and (q := run.quantity(name))}
+        if len(of) > 1:
+            (unit, _), (other, _) = list(of)[:2]
+            one, two = list(of.values())[:2]
+            raise UsageError(
+                f"{name} is another metric in {one.folder} (unit {unit!r}) than in {two.folder} (unit {other!r}): "
+                f"compare them apart, or give one another name."
+            )
+
+
+def tell_best(found: Sequence[Method], metric: str) -> None:
+    """Say which method is best by the test result of a metric, where several have one and it has a direction."""
+    higher = found[0].quantity(metric).higher_is_better
+    finals = [(final[0], method) for method in found if (final := method.final(metric)) and not math.isnan(final[0])]
+    if higher is None or len(finals) < 2:
+        return
+    best = (max if higher else min)(value for value, _ in finals)
+    labels = ", ".join(shown(method.label) for value, method in finals if value == best)
+    tell(f"Best by {metric}, of which {'higher' if higher else 'lower'} is better: {labels}.")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -151,19 +181,18 @@ def print_table(found: Sequence[Method], title: str | None = None) -> None:
     for column in ("seeds", "meta-\niterations", "tasks"):
         table.add_column(column, justify="right")
     names = dict.fromkeys(name for method in found for run in method.runs for name in run.final)
-    for name in names:
-        heading = name_of(name).replace(" ", "\n", name.count("_"))
-        table.add_column(heading, justify="right")
+    runs = [run for method in found for run in method.runs]
+    quantities = {name: next(run for run in runs if name in run.final).quantity(name) for name in names}
+    for name, one in quantities.items():
+        table.add_column(shown(one.title).replace(" ", "\n", name.count("_")), justify="right")
     for method in found:
         trained = sorted({run.meta_iterations for run in method.runs if run.meta_iterations is not None})
         tasks = sum(run.tasks for run in method.runs)
         about = [str(len(method.runs)), " to ".join(map(str, trained[:1] + trained[1:][-1:])) or "-", str(tasks or "-")]
-        table.add_row(shown(method.label), *about, *(cell(name, method.final(name)) for name in names))
+        table.add_row(shown(method.label), *about, *(cell(one, method.final(name)) for name, one in quantities.items()))
     PlainConsole().print(table)
 
 
-def cell(metric: str, estimate: tuple[float, float] | None) -> str:
-    """A mean with its interval, accuracies in per cent."""
-    scale, unit = scale_of(metric)
-    digits = ".2f" if unit else ".4f"
-    return "-" if estimate is None else f"{scale * estimate[0]:{digits}} ± {scale * estimate[1]:{digits}}"
+def cell(metric: Quantity, estimate: tuple[float, float] | None) -> str:
+    """A mean with its interval, in the metric's unit."""
+    return "-" if estimate is None else " ± ".join(map(metric.text, estimate))

@@ -16,7 +16,7 @@ import yaml
 from rich.table import Table
 
 from fomal.cli.arguments import Arguments
-from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, save, write_rows
+from fomal.cli.compare import CAPTION, cell, choose_metric, print_table, row, save, tell_best, write_rows
 from fomal.cli.errors import UsageError
 from fomal.cli.experiments import Experiment, PlannedRun, Point, experiment_names, read_experiment
 from fomal.cli.given import (
@@ -29,7 +29,8 @@ from fomal.cli.given import (
     strings,
     with_config_paths,
 )
-from fomal.plots.compare import compare_figure, name_of
+from fomal.evaluation.figures import Quantity
+from fomal.plots.compare import compare_figure
 from fomal.plots.runs import Method, Run, flat_settings, read_run
 from fomal.plots.sweep import sweep_figure
 from fomal.utils.checks import countable
@@ -254,12 +255,13 @@ def _report(experiment: Experiment, seeds: Sequence[int] | None, out: Path, fail
     write_rows(out / "results.csv", table)
     if experiment.points[0].panel:
         figure, panels = out / "sweep.png", _panels(points, metric)
-        save(sweep_figure(panels, metric, experiment.title), figure)
-        _print_panels(panels, metric, experiment.title)
+        save(sweep_figure(panels, methods[0].quantity(metric), experiment.title), figure)
+        _print_panels(panels, methods[0].quantity(metric), experiment.title)
     else:
         figure = out / "curves.png"
         save(compare_figure(methods, metric, experiment.title), figure)
         print_table(methods, experiment.title)
+        tell_best(methods, metric)
     tell(f"{len(methods)} of {len(points)} results are there. The figure is {figure}, the table {out / 'results.csv'}.")
     return methods
 
@@ -291,9 +293,9 @@ def _panels(points: Sequence[tuple[Point, Method]], metric: str) -> Panels:
     return panels
 
 
-def _print_panels(panels: Panels, metric: str, title: str) -> None:
+def _print_panels(panels: Panels, metric: Quantity, title: str) -> None:
     """Print one table for each panel, the methods below each other."""
-    tell(f"{title}: {name_of(metric)}")
+    tell(f"{title}: {metric.title}")
     for panel, lines in panels.items():
         values = sorted({value for line in lines.values() for value in line})
         if not values:

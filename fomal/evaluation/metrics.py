@@ -1,92 +1,219 @@
-"""The mean over tasks and its 95 % confidence interval."""
+"""What predictions are judged by: a metric has a name, a unit, a direction, and a value for each task."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from fomal.utils.processes import sum_over_processes
+from fomal.tasks.episode import NO_TARGET
+from fomal.utils.checks import first_line
 
 
-class TaskMean(Metric):
-    """Mean over tasks of one or several figures per task, with the normal 95 % confidence half-width.
-
-    Sums are kept in float64 and added over processes, so neither batching nor sharding changes the result beyond
-    rounding at 1e-15.
+class Predicted:
+    """Predictions for the query sets of T tasks under one protocol, computed when they are first asked for.
 
     Args:
-        size: figures per task; None for one.
-        kwargs: see `torchmetrics.Metric`.
+        y: (T, Q, *target), the true targets.
+        predict: gives what is predicted, (T, Q, *prediction).
+        lose: gives each task's mean query loss, (T,).
     """
 
-    full_state_update = False
-    total: Tensor
-    squares: Tensor
-    total_tasks: Tensor
+    def __init__(self, y: Tensor, predict: Callable[[], Tensor], lose: Callable[[], Tensor]) -> None:
+        self.y, self._predict, self._lose = y, predict, lose
 
-    def __init__(self, size: int | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        shape = () if size is None else (size,)
-        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_tasks", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+    @cached_property
+    def prediction(self) -> Tensor:
+        """What is predicted, (T, Q, *prediction)."""
+        return self._predict()
 
-    def update(self, values: Tensor) -> None:
-        """Add tasks: (T,), or (T, size)."""
-        with torch.inference_mode(False):  # sums outlive an evaluation in inference mode, Lightning's default
-            values = values.double()
-            self.total = self.total + values.sum(0)
-            self.squares = self.squares + values.square().sum(0)
-            self.total_tasks = self.total_tasks + len(values)
-
-    def reset(self) -> None:
-        """Forget all tasks."""
-        with torch.inference_mode(False):
-            super().reset()
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """The mean and the half-width 1.96 s / sqrt(T), s with T - 1 degrees of freedom; NaN for fewer than 2 tasks."""
-        mean = self.total / self.total_tasks
-        variance = (self.squares - self.total_tasks * mean.square()).clamp_min(0) / (self.total_tasks - 1)
-        return mean, 1.96 * (variance / self.total_tasks).sqrt()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> TaskMean:
-        """Move, but keep float64 whatever the precision of the run."""
-        super()._apply(fn, *args, **kwargs)
-        self.total, self.squares = self.total.double(), self.squares.double()
-        self.total_tasks = self.total_tasks.long()
-        return self
+    @cached_property
+    def losses(self) -> Tensor:
+        """Each task's mean query loss, (T,)."""
+        return self._lose()
 
 
-def merge_over_processes(metrics: Sequence[TaskMean]) -> None:
-    """Give every process the sums over all of them, in one all-reduce; a process may have had no tasks."""
+class Metric(ABC):
+    """A figure of merit of a task's predictions; see `ExampleMetric` and `TaskMetric`, which one's own are made of.
+
+    Attributes:
+        name: letters, digits and underscores: the figure is called so in logs, tables and `results.json`.
+        unit: as it is shown, e.g. "m"; "%" is shown times 100, "" without a unit.
+        higher_is_better: the direction; None where there is none.
+    """
+
+    name: str
+    unit: str = ""
+    higher_is_better: bool | None
+
+    @abstractmethod
+    def measure(self, predicted: Predicted) -> Tensor:
+        """The value of each task, (T,) float64; NaN where a prediction is not finite.
+
+        Raises:
+            ValueError: the metric does not fit predictions and targets, or does not return what it should.
+        """
+
+    def check(self, prediction: Tensor, y: Tensor) -> None:  # noqa: B027 # it may refuse nothing
+        """Refuse predictions and targets that the metric is not for; as it is, nothing.
+
+        Args:
+            prediction: (T, Q, *prediction).
+            y: (T, Q, *target), int64 labels or floating-point targets.
+
+        Raises:
+            ValueError: naming the metric, what does not fit and the remedy.
+        """
+
+
+class ExampleMetric(Metric):
+    """A metric with a value for each example, whose mean over a task's examples is the task's value.
+
+    What has `fomal.tasks.episode.NO_TARGET` for a label is left out.
+    """
+
+    @abstractmethod
+    def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """The value of each example.
+
+        Args:
+            prediction: (T, Q, *prediction), float64: logits of classes, the last axis, or what the loss predicts.
+            y: (T, Q, *target), int64 labels, or float64 targets.
+
+        Returns:
+            (T, Q); or, of examples with many labels or targets, a value for each of these, (T, Q, *target).
+        """
+
+    def measure(self, predicted: Predicted) -> Tensor:
+        """See `Metric`."""
+        prediction, y = _wide(predicted.prediction), _wide(predicted.y)
+        self.check(prediction, y)
+        values = _called(self, lambda: self(prediction, y), prediction, y)
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        wanted = tuple(y.shape)
+        if not isinstance(values, Tensor) or len(shape) < 2 or shape != wanted[: len(shape)]:
+            either = f" or {wanted}" if len(wanted) > 2 else ""
+            raise ValueError(
+                f"metric {self.name} returns {shape} for {len(y)} tasks of {y.shape[1]} examples: give {wanted[:2]}"
+                f"{either}, without the mean over them."
+            )
+        return _or_nan(_mean(values.double(), y), prediction)
+
+
+class TaskMetric(Metric):
+    """A metric with one value for a task as a whole, such as an F1 score, whose examples have none of their own."""
+
+    @abstractmethod
+    def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """The value of one task.
+
+        Args:
+            prediction: (Q, *prediction), float64.
+            y: (Q, *target), int64 labels, or float64 targets. Where some of a task's labels are `NO_TARGET`, the
+                others come one after the other: (N,), with predictions (N, classes).
+
+        Returns:
+            ().
+        """
+
+    def measure(self, predicted: Predicted) -> Tensor:
+        """See `Metric`."""
+        prediction, y = _wide(predicted.prediction), _wide(predicted.y)
+        self.check(prediction, y)
+        return _or_nan(torch.stack([self._of_task(*task) for task in zip(prediction, y, strict=True)]), prediction)
+
+    def _of_task(self, prediction: Tensor, y: Tensor) -> Tensor:
+        given = torch.ones((), dtype=torch.bool) if y.is_floating_point() else y != NO_TARGET
+        if not given.all():
+            prediction, y = prediction[given], y[given]
+            if not len(y):
+                return torch.full((), torch.nan, dtype=torch.float64, device=y.device)
+        value = torch.as_tensor(_called(self, lambda: self(prediction, y), prediction, y))
+        if value.numel() != 1:
+            raise ValueError(f"metric {self.name} returns {tuple(value.shape)} for a task: give one number, ().")
+        return value.detach().to(y.device, torch.float64).reshape(())
+
+
+class QueryLoss(Metric):
+    """The loss of the query sets itself, the mean over a task's examples: `model.query_loss`, or `model.loss`."""
+
+    name = "loss"
+    higher_is_better = False
+
+    def measure(self, predicted: Predicted) -> Tensor:
+        """See `Metric`."""
+        return predicted.losses
+
+
+def check_metrics(metrics: object) -> None:
+    """Refuse what is no list of metrics that can be told apart.
+
+    Raises:
+        TypeError: an entry is no metric.
+        ValueError: there is none, one does not say its name, unit or direction, or two have the same name.
+    """
+    if not isinstance(metrics, list | tuple) or not metrics:
+        raise ValueError(f"model.metrics={metrics!r} must be a list of metrics, one at least; null for the loss's own.")
+    names: set[str] = set()
     for metric in metrics:
-        metric.update(torch.zeros(0, *metric.total.shape, device=metric.device))  # not "compute before update"
-    parts = [t.double() for m in metrics for t in (m.total, m.squares, m.total_tasks)]
-    sums = iter(sum_over_processes(parts))
-    for metric in metrics:
-        metric.total, metric.squares, metric.total_tasks = next(sums), next(sums), next(sums).long()
+        _check_metric(metric)
+        reported = {f"{metric.name}{part}{when}" for part in ("", "_transductive") for when in ("", "_before")}
+        if names & reported or "distance" in reported:
+            raise ValueError(
+                f"two figures of model.metrics would be called {min(names & reported or {'distance'})!r}: give "
+                f"{type(metric).__name__} another name, e.g. by its argument or attribute `name`, or leave it out."
+            )
+        names |= reported
 
 
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-_NORMAL = 1.959964
+def _check_metric(metric: object) -> None:
+    kind = type(metric).__name__
+    if not isinstance(metric, Metric):
+        what = f"{metric.__name__}, a class" if isinstance(metric, type) else f"a {kind}"
+        raise TypeError(f"model.metrics has {what}: give metrics, e.g. [fomal.evaluation.Accuracy()].")
+    name, unit = getattr(metric, "name", None), metric.unit
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name.endswith(("_ci95", "_by_step")):
+        raise ValueError(
+            f"metric {kind} has name={name!r}: give letters, digits and underscores that do not end with _ci95 or "
+            f"_by_step."
+        )
+    if not isinstance(unit, str) or not unit.isprintable():
+        raise ValueError(f'metric {name} has unit={unit!r}: give a short text, "%" for shares, or "" for none.')
+    direction = getattr(metric, "higher_is_better", "missing")
+    if direction is not None and not isinstance(direction, bool):
+        raise ValueError(f"metric {name} has higher_is_better={direction!r}: say True, False, or None for neither.")
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of a few independent values and the half-width of its 95 % interval (Student 1908); NaN for one."""
-    mean, degrees = statistics.fmean(values), len(values) - 1
-    if not degrees:
-        return mean, math.nan
-    if degrees <= len(_STUDENT):
-        quantile = _STUDENT[degrees - 1]
-    else:  # Abramowitz & Stegun 26.7.5
-        z = _NORMAL
-        quantile = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+def _wide(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _called(metric: Metric, call: Callable[[], Tensor], prediction: Tensor, y: Tensor) -> Tensor:
+    """What a metric returns; its errors name it."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of users' metrics: many kinds
+        raise ValueError(
+            f"metric {metric.name} fails on predictions {tuple(prediction.shape)} and targets {tuple(y.shape)} of "
+            f"{y.dtype} ({first_line(error)}): change the metric, or leave it out of model.metrics."
+        ) from error
+
+
+def _mean(values: Tensor, y: Tensor) -> Tensor:
+    """The mean over each task's values (T, Q, ...), as many labels as there are in y (T, Q, *target) counting: (T,)."""
+    if y.is_floating_point():
+        return values.flatten(1).mean(1)
+    counts = (y != NO_TARGET).flatten(values.ndim).sum(-1) if values.ndim < y.ndim else (y != NO_TARGET)
+    return (values.where(counts > 0, 0) * counts).flatten(1).sum(1) / counts.flatten(1).sum(1)
+
+
+def _or_nan(values: Tensor, prediction: Tensor) -> Tensor:
+    """Values (T,) with NaN for tasks whose predictions are not finite: the largest of NaNs is no prediction."""
+    finite = prediction.isfinite().flatten(1).all(1)
+    return values.where(finite | ~values.isfinite(), torch.nan)

@@ -49,10 +49,11 @@ class Loss(ABC):
         return forward(x)
 
     def metrics(self, y: Data) -> tuple[str, ...]:
-        """The figures that an evaluation of targets `y` gives unless told otherwise.
+        """The names of the metrics of `fomal.evaluation` that targets `y` are judged by unless `model.metrics` says.
 
         Returns:
-            ("accuracy",), the share of labels at which the last axis of the prediction is largest, or ("loss",).
+            With "accuracy" among them, predictions are scores of classes, the last axis, and are made under both
+            protocols; otherwise they are a regression's. As it is, ("accuracy",) for labels and ("loss",) for targets.
         """
         return ("accuracy",) if isinstance(y, Tensor) and not y.is_floating_point() else ("loss",)
 
@@ -94,11 +95,20 @@ def at_least_32_bits(value: Data) -> Data:
     return map_leaves(widened, value)
 
 
+def predicts_classes(loss: Loss, y: Data) -> bool:
+    """Whether the predictions of targets `y` are scores of classes, see `Loss.metrics`."""
+    return "accuracy" in loss.metrics(y)
+
+
+def losses_and_weights(loss: Loss, forward: Forward, x: Data, y: Data) -> tuple[Tensor, Tensor | None]:
+    """The losses (B,) and weights (B,), if there are any, of one task's examples x (B, *input) and y (B, *target)."""
+    y = at_least_32_bits(y)
+    return loss(lambda x: at_least_32_bits(forward(x)), x, y), loss.weights(y)
+
+
 def mean_loss(loss: Loss, forward: Forward, x: Data, y: Data) -> Tensor:
     """The loss of one task's mini-batch, (): x (B, *input) and y (B, *target)."""
-    y = at_least_32_bits(y)
-    losses = loss(lambda x: at_least_32_bits(forward(x)), x, y)  # (B,)
-    return mean_over_examples(losses, loss.weights(y))
+    return mean_over_examples(*losses_and_weights(loss, forward, x, y))
 
 
 def check_loss(loss: Loss, forward: Forward, x: Data, y: Data, ways: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fomal.engine.functional import forward, full_precision, helpers, plain_attention, with_helpers
 from fomal.engine.tracing import Tracer
-from fomal.inner.loss import Loss, mean_loss
+from fomal.inner.loss import Loss, losses_and_weights, mean_loss, mean_over_examples
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.utils import pytree
@@ -313,6 +313,32 @@ class Objective:
             return pytree.stack([one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)])
 
         return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)
+
+    def losses_inductive(self, params: Tree, support: tuple[Data, Data], query: tuple[Data, Data]) -> Tensor:
+        """Each task's query loss, (T,), each query forwarded as by `predict_inductive`.
+
+        Args:
+            params: stacked parameters.
+            support: inputs (T, S, *input) and targets (T, S, *target).
+            query: likewise, (T, Q, ...).
+        """
+        together = _kinds(support) == _kinds(query)
+
+        def one(params: Tree, support: Data, query: Data) -> tuple[Tensor, Tensor]:
+            query = map_leaves(lambda t: t[None], query)
+            x, y = map_leaves(lambda *parts: torch.cat(parts), support, query) if together else query
+            losses, weights = losses_and_weights(self.loss_of(y), partial(self._forward, params), x, y)
+            return losses[-1], losses.new_ones(()) if weights is None else weights[-1]
+
+        def task(params: Tree, support: Data, queries: Data) -> Tensor:
+            if self.vectorize:
+                each = torch.func.vmap(one, in_dims=(None, None, 0), randomness="different")(params, support, queries)
+                return mean_over_examples(*each)
+            count = len(leaves(queries)[0])
+            each = [one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)]
+            return mean_over_examples(*pytree.stack(each))
+
+        return self.run(("losses alone", self.losses_used()), self._over_tasks(task), params, support, query)  # type: ignore[no-any-return]
 
     def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, traced where that is on; see `Tracer.__call__`."""

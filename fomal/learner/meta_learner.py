@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +19,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from fomal.engine.chunking import Chunks
 from fomal.engine.cuda_graph import CAPTURES, Capture, Captured
 from fomal.engine.tracing import Tracer
-from fomal.evaluation.metrics import TaskMean, merge_over_processes
-from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate
+from fomal.evaluation.figures import Quantity, reported
+from fomal.evaluation.means import TaskMean
+from fomal.evaluation.metrics import Metric, check_metrics
+from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate, metrics_of
+from fomal.evaluation.tally import Tally
 from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
 from fomal.inner.loss_of_targets import looks_like_labels
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
-from fomal.learner.preflight import check_epochs, check_outer_step, check_trainer, tell_of_validation, total_steps
+from fomal.learner.preflight import (
+    check_epochs,
+    check_monitors,
+    check_outer_step,
+    check_trainer,
+    tell_of_validation,
+    total_steps,
+)
 from fomal.learner.restoring import check_carried, check_module, check_outer, misfits, take_dtypes, take_state
-from fomal.learner.settings import Execution, InnerSchedule, OuterStep
-from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights, some
+from fomal.learner.settings import EvalSchedule, Execution, InnerSchedule, OuterStep
+from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_weights
 from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.models.usable import checked, refuse_unusable
@@ -46,10 +56,10 @@ from fomal.utils import tree
 from fomal.utils.checks import of_type, one_of, positive
 from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.output import rank_zero_info, rank_zero_warn
-from fomal.utils.processes import gather, refuse_disagreement
+from fomal.utils.processes import refuse_disagreement
 from fomal.utils.tree import Tree
 
-TRAIN, EVAL, OUTER, EXECUTION = InnerSchedule(), InnerSchedule(steps=50, batch_size=5), OuterStep(), Execution()
+TRAIN, EVAL, OUTER, EXECUTION = InnerSchedule(), EvalSchedule(steps=50, batch_size=5), OuterStep(), Execution()
 """The defaults."""
 
 GROUPS: dict[str, Any] = {"train": TRAIN, "eval": EVAL, "outer": OUTER, "execution": EXECUTION}
@@ -78,12 +88,14 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         train: inner steps on training tasks.
-        eval: inner steps on validation, test and prediction tasks.
+        eval: inner steps on validation, test and prediction tasks, and those that are reported.
         loss: of a task's examples, e.g. `fomal.inner.Huber`; null: from the data, cross-entropy of int64 labels and
             squared error of floating-point targets.
         query_loss: of the query sets, in outer rules and in evaluations, where it is another one.
         outer: what becomes of the outer gradient.
         execution: how it is computed.
+        metrics: what evaluations measure, e.g. [fomal.evaluation.Accuracy()]; null: what the loss says, accuracy of
+            labels and the loss of targets unless it is one's own.
 
     Attributes:
         train_schedule: as `train`, a name that modules have for something else; another one may take its place, e.g.
@@ -104,16 +116,20 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         inner_state: Literal["carried", "reset"] = "carried",
         adapt: list[str] | None = None,
         train: InnerSchedule = TRAIN,
-        eval: InnerSchedule = EVAL,
+        eval: EvalSchedule = EVAL,
         loss: Loss | None = None,
         query_loss: Loss | None = None,
         outer: OuterStep = OUTER,
         execution: Execution = EXECUTION,
+        metrics: list[Metric] | None = None,
     ) -> None:
         super().__init__()
         one_of(("carried", "reset"), inner_state=inner_state)
         for name, group in {"train": train, "eval": eval, "outer": outer, "execution": execution}.items():
-            of_type(type(GROUPS[name]), **{name: group})
+            kind = type(GROUPS[name])
+            of_type(InnerSchedule if kind is EvalSchedule else kind, **{name: group})
+        if metrics is not None:
+            check_metrics(metrics)
         positive(**{"model.train.steps": train.steps})
         rule.check(train.steps, inner_optimizer)
         self.automatic_optimization = False
@@ -122,15 +138,16 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         self.inner_optimizer = inner_optimizer
         self.inner_state = inner_state
         self.adapt = adapt
-        self.train_schedule, self.eval_schedule = train, eval
+        self.train_schedule: InnerSchedule = train
+        self.eval_schedule: InnerSchedule = eval
         self.loss, self.query_loss = loss, query_loss
         self.outer = outer
         self.execution = execution
+        self.metrics = metrics
         self.captured: Captured | None = None
         self.carried: State | None = None
         self.skipped_tasks = 0
         self._skipped_in_a_row = 0
-        self._judged: list[tuple[Tensor, Tensor]] = []  # episode numbers, and whether their results are finite
         self.config: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self.watch = Watch()
@@ -138,7 +155,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         # figures of an evaluation are reduced all at once.
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
-        self._evaluated: tuple[TaskMean, TaskMean, TaskMean] | None = None
+        self._tally: Tally | None = None  # no module: it begins with each evaluation, and is nothing to be saved
 
     @property
     def execution(self) -> Execution:
@@ -174,17 +191,6 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         how, losses = self.execution, [loss for loss in (self.loss, self.query_loss) if loss is not None]
         tracer = Tracer(self.network, how.traced, how.compiled, losses)
         self.objective = Objective(self.network, how.vectorize, tracer, self.loss, self.query_loss)
-
-    def _evaluated_tasks(self) -> tuple[TaskMean, TaskMean, TaskMean]:
-        """Accuracies (alone, transductive), losses by step and distances of the tasks evaluated so far.
-
-        No modules of the learner: they begin with each evaluation, and are nothing to be summed up or saved.
-        """
-        if self._evaluated is None:
-            sizes = 2, self.eval_schedule.steps + 1, None
-            accuracies, losses, distances = (TaskMean(size, sync_on_compute=False).to(self.device) for size in sizes)
-            self._evaluated = accuracies, losses, distances
-        return self._evaluated
 
     def _restrict(self, adapted: frozenset[str]) -> None:
         """See `adapt`, and `OuterStep.parameters`."""
@@ -418,35 +424,32 @@ class MetaLearner(RefusesMoved, L.LightningModule):
 
     # -- evaluation
 
+    def metrics_for(self, y: Tensor) -> list[Metric]:
+        """The metrics of targets y (T, Q, *target): those given, or the loss's own."""
+        return metrics_of(self.objective.for_queries().loss_of(y), y) if self.metrics is None else self.metrics
+
     def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
-        """Adapt to the support sets and predict the query sets; changes neither weights nor carried state."""
+        """Adapt to the support sets, predict the query sets and measure; changes neither weights nor carried state."""
         refuse_others(episode)
         if episode.support_x.device.type == "cpu":
             episode.refuse_nonfinite()
         if not episode.query_x.shape[1]:
             raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
-        return evaluate(self.inner_loop(episode, training=False), self.initialisation(), self.chunks)
+        inner, schedule = self.inner_loop(episode, training=False), self.eval_schedule
+        report = schedule.report_steps if isinstance(schedule, EvalSchedule) else None
+        return evaluate(inner, self.initialisation(), self.chunks, self.metrics_for(episode.query_y), report)
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
-        result = self.evaluate(batch)
-        parts = [part.isfinite().reshape(len(part), -1).all(1) for part in result if part.numel()]
-        finite = torch.stack(parts).all(0)  # (T,)
-        self._judged.append((batch.number, finite))
-        all_accuracies, losses_by_step, distances = self._evaluated_tasks()
-        distances.update(result.distance)
-        if isinstance(result, RegressionResult):
-            losses_by_step.update(result.losses)
-        else:
-            accuracies = torch.stack([result.accuracy, result.accuracy_transductive], 1)
-            # The largest of outputs that are NaN is no prediction, though torch names one.
-            all_accuracies.update(accuracies.where(finite[:, None], torch.nan))
+        if self._tally is None:
+            self._tally = Tally(self.device)
+        self._tally.add(batch.number, self.evaluate(batch), self.metrics_for(batch.query_y))
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
         self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Any]:
         """The predictions for a batch of tasks, with their episode numbers and true targets."""
         result = self.evaluate(batch)
         return {"number": batch.number, "query_y": batch.query_y, **result._asdict()}
@@ -461,42 +464,23 @@ class MetaLearner(RefusesMoved, L.LightningModule):
 
     def evaluation_figures(self, stage: str) -> dict[str, Tensor]:
         """What the evaluated tasks say, and forget them; `results` has it too."""
-        figures: dict[str, tuple[Tensor, Tensor]] = {}
-        tasks = 0
-        self.results = {}
-        accuracies, losses_by_step, distances = self._evaluated_tasks()
-        self._evaluated = None
-        merge_over_processes([accuracies, losses_by_step, distances])
-        if accuracies.total_tasks:
-            (alone, together), (alone_ci, together_ci) = accuracies.compute()
-            figures = {"accuracy": (alone, alone_ci), "accuracy_transductive": (together, together_ci)}
-            tasks = int(accuracies.total_tasks)
-        if losses_by_step.total_tasks:
-            mean, ci = (t.reshape(-1) for t in losses_by_step.compute())  # torchmetrics makes one number of one step
-            figures |= {"loss_before": (mean[0], ci[0]), "loss": (mean[-1], ci[-1])}
-            self.results["loss_by_step"] = mean.tolist()
-            self.results["loss_by_step_ci95"] = ci.tolist()
-            tasks = int(losses_by_step.total_tasks)
-        if distances.total_tasks:
-            figures["distance"] = distances.compute()
-        metrics = {f"{stage}/{name}": value for name, (value, _) in figures.items()}
-        metrics |= {f"{stage}/{name}_ci95": ci for name, (_, ci) in figures.items()}
-        self._name_nonfinite(stage, [mean for mean, _ in figures.values()])
-        self.results |= {"tasks": tasks, "metrics": {name: value.item() for name, value in metrics.items()}}
-        return metrics
+        tally, self._tally = self._tally or Tally(self.device), None
+        figures, self.results = tally.finish(stage)
+        return figures
 
-    def _name_nonfinite(self, stage: str, means: Sequence[Tensor]) -> None:
-        """Say which of the evaluated tasks make the means infinite or NaN; `results` has their numbers too."""
-        judged, self._judged = self._judged, []
-        if all(mean.isfinite() for mean in means):
-            return
-        own = [number for numbers, finite in judged for number in numbers[~finite].tolist()]
-        bad = sorted(number for part in gather(own) for number in part)
-        self.results["nonfinite_tasks"] = bad
-        rank_zero_warn(
-            f"{stage}: the predictions, loss or distance of task {some(bad)} are not finite, nor are the means: lower "
-            f"model.inner_optimizer.lr or model.eval.steps."
-        )
+    def try_metrics(self, episode: Episode) -> dict[str, Quantity]:
+        """Measure the first of some tasks before adaptation, where nothing else happens.
+
+        Returns:
+            The figures that an evaluation of such tasks may give, by their names.
+
+        Raises:
+            ValueError: a metric does not fit, in its words.
+        """
+        inner, metrics = self.inner_loop(episode, training=False).sample(0), self.metrics_for(episode.query_y)
+        with torch.random.fork_rng(devices=[]):
+            result = evaluate(inner, self.initialisation(), Chunks(1), metrics)
+        return {figure.name: figure for figure in reported(metrics, isinstance(result, ClassificationResult), True)}
 
     # -- checks before work starts, and checkpoints
 
@@ -536,7 +520,18 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}
             self.objective.unsettle()
             self.inner_loop(data.on_after_batch_transfer(episode, 0), training=stage == "fit")
+            self._check_figures(data, stage, split)
         refuse_disagreement(same)
+
+    def _check_figures(self, data: EpisodeDataModule, stage: str, split: str) -> None:
+        """Refuse metrics that do not fit the data, and callbacks that keep the worst by one."""
+        if stage == "fit":
+            if not self.trainer.limit_val_batches:
+                return
+            split = "val"
+        episode = data.on_after_batch_transfer(data.episodes(split, torch.arange(1)).check(), 0)
+        if episode.query_x.shape[1]:
+            check_monitors(self.trainer, self.try_metrics(episode))
 
     def on_train_start(self) -> None:
         """Refuse processes that go on from different checkpoints, and weights that are not finite."""
@@ -572,7 +567,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
 
     def refuse_nonfinite(self) -> None:
         """Raise FloatingPointError, naming the parameter, where a weight is infinite or NaN; forget earlier tasks."""
-        self._judged = []
+        self._tally = None
         trained = f" after meta-iteration {step}" if (step := self.global_step) else ""
         refuse_nonfinite_weights(self.network, f"{getattr(self.trainer.state.fn, 'value', '')}{trained}")
 

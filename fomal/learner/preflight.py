@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
+from fomal.evaluation.figures import Quantity
 from fomal.utils.output import rank_zero_info, rank_zero_warn
 from fomal.utils.processes import launched_processes, leave_at_exit
 
@@ -92,6 +94,30 @@ def check_epochs(trainer: Any) -> None:
             f"{trainer.max_epochs}): set trainer.max_steps, or trainer.limit_train_batches, the meta-iterations of an "
             f"epoch."
         )
+
+
+def check_monitors(trainer: Any, figures: Mapping[str, Quantity]) -> None:
+    """Refuse callbacks that keep or stop by a validation figure in the wrong direction, such as `ModelCheckpoint`.
+
+    Args:
+        trainer: with the callbacks.
+        figures: of a validation, by their names.
+
+    Raises:
+        ValueError: naming callback, figure and the mode to give.
+    """
+    for callback in trainer.callbacks:
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        figure = figures.get(str(monitor).removeprefix("val/")) if str(monitor).startswith("val/") else None
+        if figure is None or figure.higher_is_better is None or mode not in ("min", "max"):
+            continue
+        wanted = "max" if figure.higher_is_better else "min"
+        if mode != wanted:
+            better = "higher" if figure.higher_is_better else "lower"
+            raise ValueError(
+                f"{type(callback).__name__} has monitor={monitor!r} with mode={mode!r}, but {better} is better: give "
+                f"it mode: {wanted}."
+            )
 
 
 def total_steps(trainer: L.Trainer) -> int:

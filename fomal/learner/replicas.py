@@ -294,6 +294,7 @@ def _check(learners: Sequence[MetaLearner]) -> None:
         wrong = [name for name in SAME if getattr(first, name) != getattr(other, name)]
         wrong += [] if settings(first.rule) == settings(other.rule) else ["rule"]
         wrong += [] if first.objective.losses_used() == other.objective.losses_used() else ["loss"]
+        wrong += [] if _metrics(first) == _metrics(other) else ["metrics"]
         wrong += [] if _but_lr(first) == _but_lr(other) else ["inner_optimizer"]
         wrong += [] if _architecture(first.network) == _architecture(other.network) else ["network"]
         wrong += [] if _same_buffers(first.network, other.network) else ["network's buffers"]
@@ -322,6 +323,10 @@ def _check_alone(learner: MetaLearner) -> None:
     frozen = [name for name, p in learner.network.named_parameters() if not p.requires_grad]
     if frozen:
         raise ValueError(f"replicas learn all parameters, but {frozen[0]} is frozen: run them one by one.")
+
+
+def _metrics(learner: MetaLearner) -> Any:
+    return [(metric.name, metric.unit, metric.higher_is_better) for metric in learner.metrics or ()]
 
 
 def _but_lr(learner: MetaLearner) -> Any:

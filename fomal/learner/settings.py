@@ -23,7 +23,7 @@ class InnerSchedule:
     """The inner steps on a task.
 
     Args:
-        steps: how many, k; of evaluations 0 too, which judges the initialisation as it is.
+        steps: how many, k.
         batch_size: support examples per step.
         replacement: draw each mini-batch independently, rather than in shuffled passes.
 
@@ -41,6 +41,34 @@ class InnerSchedule:
             positive(MANY, batch_size=self.batch_size)
         except ValueError as error:
             raise ValueError(f"model.train or model.eval: {error}") from None
+
+
+@dataclass(frozen=True)
+class EvalSchedule(InnerSchedule):
+    """The inner steps on a validation, test or prediction task, and those after which its metrics are reported.
+
+    Args:
+        steps: see `InnerSchedule`; 0 judges the initialisation as it is.
+        batch_size: see `InnerSchedule`.
+        replacement: see `InnerSchedule`.
+        report_steps: the steps after which each metric is reported too, 0 for before adaptation, e.g. [0, 1, 5]; after
+            the last step it always is. Null: each step in regressions, and none in classifications.
+
+    Raises:
+        ValueError: as `InnerSchedule`; a step that is reported is negative, or beyond the last.
+    """
+
+    report_steps: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for step in self.report_steps or ():
+            countable(MANY, **{"model.eval.report_steps": step})
+            if step > self.steps:
+                raise ValueError(
+                    f"model.eval.report_steps={list(self.report_steps or ())} has step {step}, but "
+                    f"model.eval.steps={self.steps}: leave it out, or take more steps."
+                )
 
 
 def interpolation(params: Iterable[nn.Parameter]) -> Optimizer:

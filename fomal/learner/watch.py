@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fomal.utils.checks import some
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOOK_EVERY = 10  # meta-iterations between looks at what a GPU has found, since each look waits for it
 
@@ -120,9 +122,3 @@ def _outer_state(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             for name, value in values.items():
                 if isinstance(value, Tensor):
                     yield f"outer optimiser's {name} of parameter {number}", value
-
-
-def some(names: Iterable[object], most: int = 5) -> str:
-    """The first of many names, and how many more there are."""
-    texts = [str(name) for name in names]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

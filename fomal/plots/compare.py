@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from fomal.evaluation.figures import Quantity
 from fomal.plots.runs import Method
 from fomal.utils.output import plotted, shown
 
@@ -22,23 +23,12 @@ INCHES_PER_CHARACTER = 0.075
 NO_BREAK = "\u00a0"
 
 
-def scale_of(metric: str) -> tuple[float, str]:
-    """The factor a figure is shown with, and its unit: accuracies are in per cent."""
-    return (100.0, " %") if "accuracy" in metric else (1.0, "")
-
-
-def name_of(metric: str) -> str:
-    """What to write at an axis or above a column, e.g. "accuracy transductive, %"."""
-    unit = scale_of(metric)[1]
-    return metric.replace("_", " ") + (f",{unit}" if unit else "")
-
-
-def set_scale(axes: Axes, metric: str, means: Sequence[float]) -> None:
-    """Losses are drawn on a logarithmic scale, which ends below the means: intervals may reach below 0."""
-    positive = [mean for mean in means if mean > 0]
-    if "loss" in metric and positive:
+def set_scale(axes: Axes, shown: Quantity, means: Sequence[float]) -> None:
+    """Draw errors above 0 on a logarithmic scale, which ends below the means: intervals may reach below 0."""
+    means = [mean for mean in means if not math.isnan(mean)]
+    if shown.is_logarithmic and means and min(means) > 0:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(positive) / 2))
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(means) / 2))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
@@ -58,6 +48,7 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
 
     A method without a curve, e.g. an untrained network, is a horizontal line.
     """
+    shown_as = methods[0].quantity(metric)
     tested = [method for method in methods if method.final(metric) is not None]
     texts = [plotted(fill(_label(method, metric), LEGEND_WIDTH)) for method in methods]
     longest = max(len(line) for text in texts for line in text.splitlines())
@@ -70,14 +61,14 @@ def compare_figure(methods: Sequence[Method], metric: str, title: str = "") -> F
         _draw_method(axes, method, metric, text, style_of(place))
         for end in ends:
             _draw_result(end, method, metric, place, style_of(place))
-    axes.set(xlabel="meta-iterations", ylabel=plotted(name_of(metric)), title="validation" if ends else "")
+    axes.set(xlabel="meta-iterations", ylabel=plotted(shown_as.title), title="validation" if ends else "")
     if not any(method.curve(metric) for method in methods):
         axes.set(xlabel="", xticks=[], title="")
     for end in ends:
         end.set(title="test", xlim=(-1, len(methods)), xticks=[])
         end.grid(alpha=0.3)
     means = [mean for method in methods for _, mean, _ in method.curve(metric)]
-    set_scale(axes, metric, [*means, *(final[0] for method in methods if (final := method.final(metric)))])
+    set_scale(axes, shown_as, [*means, *(final[0] for method in methods if (final := method.final(metric)))])
     axes.grid(alpha=0.3)
     figure.suptitle(plotted(title))
     heading = "test: mean ± 95 % interval over tasks" if tested else None
@@ -89,15 +80,16 @@ def _label(method: Method, metric: str) -> str:
     final = method.final(metric)
     if final is None:
         return shown(method.label)
-    scale, unit = scale_of(metric)
-    mean, half = (f"{scale * value:.1f}" if unit else f"{value:.3g}" for value in final)
-    text = f"{mean}{unit}" if math.isnan(final[1]) else f"{mean} ± {half}{unit}"
+    about = method.quantity(metric)
+    mean, half = (f"{100 * value:.1f}" if about.unit == "%" else f"{value:.3g}" for value in final)
+    text = mean if math.isnan(final[1]) else f"{mean} ± {half}"
+    text += f" {about.unit}" if about.unit else ""
     return f"{shown(method.label)}: {text.replace(' ', NO_BREAK)}"
 
 
 def _draw_method(axes: Axes, method: Method, metric: str, label: str, style: dict[str, Any]) -> None:
     """A curve with its band, or the test result where there is no curve."""
-    scale, curve, final = scale_of(metric)[0], method.curve(metric), method.final(metric)
+    scale, curve, final = method.quantity(metric).scale, method.curve(metric), method.final(metric)
     if not curve and final is None:
         return
     if not curve and final is not None:
@@ -114,7 +106,7 @@ def _draw_method(axes: Axes, method: Method, metric: str, label: str, style: dic
 
 def _draw_result(axes: Axes, method: Method, metric: str, place: int, style: dict[str, Any]) -> None:
     """The test result, each method beside the others, so that intervals that overlap can be told apart."""
-    scale, final = scale_of(metric)[0], method.final(metric)
+    scale, final = method.quantity(metric).scale, method.final(metric)
     if final is not None:
         axes.errorbar(
             place, scale * final[0], scale * final[1], color=style["color"], marker=style["marker"], ms=5, capsize=2

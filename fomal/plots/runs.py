@@ -12,11 +12,15 @@ from typing import Any
 
 import yaml
 
-from fomal.plots.curve import Curve, read_curves
+from fomal.evaluation.figures import Quantity, read_figures
+from fomal.plots.curve import Curve, read_about, read_curves
 from fomal.run.moved import current
 
-# Settings that make no other method: where files are, how it is computed, and the seed.
-_IGNORED = ("seed_everything", "data.seed", "data.root", "data.cache_dir", "data.download", "data.num_workers")
+# Settings that make no other method: where files are, how it is computed, what is measured, and the seed.
+_IGNORED = (
+    *("seed_everything", "data.seed", "data.root", "data.cache_dir", "data.download", "data.num_workers"),
+    *("model.metrics", "model.eval.report_steps"),
+)
 _IGNORED_SECTIONS = ("trainer.logger", "trainer.callbacks", "trainer.enable_", "trainer.default_root_dir")
 _TESTED = ("model.", "data.")
 
@@ -33,6 +37,7 @@ class Run:
         final: test figure, e.g. "accuracy" -> mean and 95 % half-width.
         tasks: number of test tasks.
         meta_iterations: how long the tested network was trained; None for one that was not, or that was not tested.
+        figures: how each figure is shown.
     """
 
     folder: Path
@@ -41,6 +46,7 @@ class Run:
     final: dict[str, tuple[float, float]] = field(default_factory=dict)
     tasks: int = 0
     meta_iterations: int | None = None
+    figures: dict[str, Quantity] = field(default_factory=dict)
 
     @property
     def is_untrained(self) -> bool:
@@ -50,6 +56,10 @@ class Run:
     def metrics(self) -> list[str]:
         """Its figures, of validation or test."""
         return list(dict.fromkeys([*self.final, *self.curves]))
+
+    def quantity(self, metric: str) -> Quantity:
+        """How a figure is shown."""
+        return self.figures.get(metric) or read_figures(None, [metric], str(self.folder))[metric]
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,10 @@ class Method:
     def metrics(self) -> list[str]:
         """The figures that all runs have, of validation or test."""
         return [name for name in self.runs[0].metrics() if all(name in run.metrics() for run in self.runs)]
+
+    def quantity(self, metric: str) -> Quantity:
+        """How a figure is shown."""
+        return next((run for run in self.runs if metric in run.metrics()), self.runs[0]).quantity(metric)
 
     def final(self, metric: str) -> tuple[float, float] | None:
         """Mean over the seeds of a test figure, and its half-width; None unless all runs have it."""
@@ -112,14 +126,16 @@ def read_run(folder: Path) -> Run:
         for name, value in found.items()
         if not name.endswith("_ci95")
     }
-    curves = read_curves(_metrics_files(folder))
+    curves = {name.removeprefix("val/"): curve for name, curve in read_curves(_metrics_files(folder)).items()}
+    figures = read_figures(read_about(folder), curves, str(folder / "metrics.json"))
     return Run(
         folder=folder,
         settings=settings,
-        curves={name.removeprefix("val/"): curve for name, curve in curves.items()},
+        curves=curves,
         final=final,
         tasks=int(results.get("tasks", 0)),
         meta_iterations=results.get("meta_iterations"),
+        figures=figures | read_figures(results.get("figures"), final, str(folder / "results.json")),
     )
 
 

@@ -8,14 +8,15 @@ from statistics import mean, pstdev
 
 from matplotlib.figure import Figure
 
-from fomal.plots.compare import INCHES_PER_CHARACTER, name_of, scale_of, set_scale, style_of
+from fomal.evaluation.figures import Quantity
+from fomal.plots.compare import INCHES_PER_CHARACTER, set_scale, style_of
 from fomal.utils.output import plotted
 
 Panel = Mapping[str, Mapping[float, tuple[float, float]]]
 """Method -> value of the setting -> mean and 95 % half-width."""
 
 
-def sweep_figure(panels: Mapping[str, Panel], metric: str, title: str = "") -> Figure:
+def sweep_figure(panels: Mapping[str, Panel], metric: Quantity, title: str = "") -> Figure:
     """One panel for each setting, with the same colour and marker for a method in all of them.
 
     Args:
@@ -23,7 +24,7 @@ def sweep_figure(panels: Mapping[str, Panel], metric: str, title: str = "") -> F
         metric: what the results are of.
         title: above the panels.
     """
-    scale = scale_of(metric)[0]
+    scale = metric.scale
     places = {name: place for place, name in enumerate(dict.fromkeys(m for panel in panels.values() for m in panel))}
     shown = {name: panel for name, panel in panels.items() if any(panel.values())}
     width = 4.2 * len(shown) + 0.8
@@ -44,7 +45,7 @@ def sweep_figure(panels: Mapping[str, Panel], metric: str, title: str = "") -> F
         ax.set_xticks([], minor=True)
         ax.set(xlabel=plotted(name))
         ax.grid(alpha=0.3)
-    figure.axes[0].set(ylabel=plotted(f"test {name_of(metric)}"))
+    figure.axes[0].set(ylabel=plotted(f"test {metric.title}"))
     results = [final for panel in shown.values() for points in panel.values() for final in points.values()]
     set_scale(figure.axes[0], metric, [value for value, _ in results])
     figure.suptitle(plotted(title))

@@ -319,15 +319,15 @@ def _config(value: Any, entry: str) -> None:
         _CONFIG(value, entry)
 
 
-_SCHEDULE = _mapping({}, {"steps": _integer(0), "batch_size": _integer(1), "replacement": _flag})
+_STEPS = {"steps": _integer(0), "batch_size": _integer(1), "replacement": _flag}
 _SETTINGS = _mapping(
     {},
     {
         **dict.fromkeys(("loss", "query_loss"), _optional(_text)),
         "inner_state": _text,
         "adapt": _optional(_list(_text)),
-        "train": _SCHEDULE,
-        "eval": _SCHEDULE,
+        "train": _mapping({}, _STEPS),
+        "eval": _mapping({}, _STEPS | {"report_steps": _optional(_list(_integer(0)))}),
         "outer": _mapping(
             {},
             {

@@ -1,9 +1,10 @@
 """Check the names in a configuration that somebody else may have made, before anything is imported or built.
 
 A checkpoint and an adapted model's folder say which classes to make. Trusted without a word are fomal's own networks,
-rules, losses, inner optimisers, data and callbacks, the modules of `torch.nn`, the optimisers and schedulers of
-`torch.optim`, the classifiers of `torchvision.models`, the transforms of `torchvision.transforms.v2`,
-`timm.create_model`, and those of Lightning's loggers and callbacks that only write into the run's folder. All others
+rules, losses, metrics, inner optimisers, data and callbacks, the modules of `torch.nn`, the optimisers and schedulers
+of `torch.optim`, the classifiers of `torchvision.models`, the transforms of `torchvision.transforms.v2`,
+`timm.create_model`, metrics of `torchmetrics.classification` and `torchmetrics.regression`, and those of Lightning's
+loggers and callbacks that only write into the run's folder. All others
 need the user's word, `--trust NAME` on the command line or `trust=["NAME"]` in Python. Nothing is downloaded because
 such a configuration says so, and no configuration is read from a path or an address in it.
 """
@@ -33,6 +34,9 @@ _BASES = {  # what may be named: classes of these kinds, defined in these packag
     "fomal.inner": {"fomal.inner.loss.Loss", "fomal.inner.optimizer.InnerOptimizer"},
     "fomal.outer": {"fomal.outer.rule.OuterRule"},
     "fomal.data": {"fomal.tasks.datamodule.EpisodeDataModule", _MODULE},
+    "fomal.evaluation": {"fomal.evaluation.metrics.Metric"},
+    "torchmetrics.classification": {"torchmetrics.metric.Metric"},
+    "torchmetrics.regression": {"torchmetrics.metric.Metric"},
     "fomal.callbacks": {"lightning.pytorch.callbacks.callback.Callback"},
 }
 _LIGHTNING = {

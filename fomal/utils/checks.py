@@ -134,3 +134,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message of our own; its kind where it has no text."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -12,7 +12,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fomal.callbacks import SaveLast
 from fomal.data import SinusoidDataModule
+from fomal.evaluation import Accuracy, TaskMetric, protocols
+from fomal.evaluation.metrics import Predicted
+from fomal.inner.loop import InnerLoop
 from fomal.learner.meta_learner import MetaLearner
+from fomal.utils.tree import Tree
 from tests.helpers.learners import Blobs, blob_learner, sine_learner, trainer
 
 
@@ -118,17 +122,38 @@ def test_a_test_task_that_is_not_finite_is_named() -> None:
 
 def test_outputs_that_are_nan_are_no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, data = blob_learner(), Blobs(test_tasks=4, eval_tasks_per_batch=2)
-    evaluate = learner.evaluate
+    alone = protocols._alone
 
-    def spoilt(episode: Any) -> Any:
-        result = evaluate(episode)
-        bad = (episode.number == 2)[:, None, None]
-        return result._replace(logits=result.logits.where(~bad, torch.nan))
+    def spoilt(inner: InnerLoop, params: Tree) -> Predicted:
+        predicted, bad = alone(inner, params), (inner.episode.number == 2)[:, None, None]
+        return Predicted(predicted.y, lambda: predicted.prediction.where(~bad, torch.nan), lambda: predicted.losses)
 
-    monkeypatch.setattr(learner, "evaluate", spoilt)
-    with pytest.warns(UserWarning, match="of task 2 are not finite"):
+    monkeypatch.setattr(protocols, "_alone", spoilt)
+    with pytest.warns(UserWarning, match="of task 2 are not finite, nor are the means: lower model.inner_optimizer.lr"):
         trainer().test(learner, datamodule=data, verbose=False)
     assert torch.tensor(learner.results["metrics"]["test/accuracy"]).isnan()
+
+
+class OfMost(TaskMetric):
+    """Undefined where the first query of a task is taken for the first class."""
+
+    name, higher_is_better = "most", True
+
+    def __call__(self, prediction: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(torch.nan) if prediction[0].argmax() == 0 else torch.tensor(1.0)
+
+
+def test_a_metric_that_is_nan_for_a_task_is_named() -> None:
+    data = Blobs(test_tasks=9, eval_tasks_per_batch=4)
+    learner = blob_learner(metrics=[Accuracy(), OfMost()])
+    with pytest.warns(UserWarning, match="^test: the predictions, accuracy, most or distance of task"):
+        trainer().test(learner, datamodule=data, verbose=False)
+    learner.trainer = None
+    result = learner.evaluate(data.on_after_batch_transfer(data.episodes("test", torch.arange(9)), 0))
+    undefined = result.figures["most"].isnan().flatten(1).any(1)
+    assert 0 < undefined.sum() < 9
+    assert learner.results["nonfinite_tasks"] == undefined.nonzero().flatten().tolist()
+    assert torch.tensor(learner.results["metrics"]["test/accuracy"]).isfinite()
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])

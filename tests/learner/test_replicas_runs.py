@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import LambdaLR
 
 from fomal.callbacks import AdaptationFigure, EpisodeGrid, ReplicaFiles, ResultsFile, SaveLast
-from fomal.evaluation.metrics import student_interval
+from fomal.evaluation.means import student_interval
 from fomal.inner import SGD
 from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.replicas import Replicas, replica_checkpoint

@@ -56,9 +56,10 @@ def test_the_later_file_counts_where_they_overlap(tmp_path: Path) -> None:
 
 def test_accuracies_are_drawn_in_per_cent_with_their_bands(tmp_path: Path, figures: list[Figure]) -> None:
     assert draw_curve(files(tmp_path, FIRST, RESUMED), tmp_path / "curve.png")
-    (axes,) = figures[0].axes
+    axes, other = figures[0].axes
     (line,) = axes.lines
     assert line.get_label() == "accuracy"
+    assert [axes.get_ylabel() for axes in (axes, other)] == ["validation accuracy, %", "validation loss"]
     assert line.get_xydata().tolist() == [[100, 50], [200, 70], [300, 80]]
     (band,) = axes.collections
     corners = band.get_paths()[0].vertices
@@ -70,7 +71,7 @@ def test_accuracies_are_drawn_in_per_cent_with_their_bands(tmp_path: Path, figur
         assert len(image.getcolors(1 << 24) or ()) > 20
 
 
-def test_losses_are_drawn_where_there_is_no_accuracy(tmp_path: Path, figures: list[Figure]) -> None:
+def test_losses_are_drawn_on_a_logarithmic_scale(tmp_path: Path, figures: list[Figure]) -> None:
     losses = "step,val/loss,val/loss_ci95\n10,2.0,3.0\n20,0.2,0.1\n"  # the first band reaches below 0
     assert draw_curve(files(tmp_path, losses), tmp_path / "curve.png")
     (axes,) = figures[0].axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fomal.evaluation.figures import Quantity
 from fomal.plots.sweep import is_geometric, sweep_figure
 
 PANELS = {
@@ -18,7 +19,7 @@ PANELS = {
 
 
 def test_a_sweep_has_a_panel_for_each_setting_and_a_style_for_each_method() -> None:
-    figure = sweep_figure(PANELS, "accuracy")
+    figure = sweep_figure(PANELS, Quantity("accuracy", "accuracy", "%", True))
     first, second = figure.axes
     drawn = [[c[0].get_xydata().tolist() for c in axes.containers] for axes in figure.axes]
     assert drawn == [[[[2, 50], [4, 60], [8, 70]], [[2, 60]]], [[[1, 40], [2, 50], [3, 50]]]]
@@ -37,7 +38,7 @@ def test_a_sweep_has_a_panel_for_each_setting_and_a_style_for_each_method() -> N
 
 
 def test_losses_are_logarithmic() -> None:
-    figure = sweep_figure({"a": {"Reptile": {1: (0.01, 0.1), 2: (1.0, 0.1)}}}, "loss")
+    figure = sweep_figure({"a": {"Reptile": {1: (0.01, 0.1), 2: (1.0, 0.1)}}}, Quantity("loss", "loss", "", False))
     assert figure.axes[0].get_yscale() == "log"
     assert 0.005 <= figure.axes[0].get_ylim()[0] < 0.01
 
