@@ -1,10 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from fomal.engine.chunking import Chunks
+from fomal.evaluation import Accuracy, MacroF1, NegativeLogLikelihood, QueryLoss
 from fomal.evaluation.protocols import classify, evaluate, regress
-from fomal.inner import Adam
+from fomal.inner import SGD, Adam, CrossEntropy
+from fomal.inner.objective import Objective
+from fomal.tasks.episode import NO_TARGET
 from fomal.utils import tree
 from tests.helpers.oracle import adapt_one, batches
 
@@ -93,3 +98,65 @@ def test_chunks_give_the_same_results_of_each_task(network, make_inner, episode,
         for a, b in zip(tensors(found), tensors(expected), strict=True):
             assert a.shape == b.shape
             assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+EAGER = pytest.mark.parametrize("make_inner", ["eager"], indirect=True)
+
+
+@pytest.mark.parametrize("steps", [[0, 2], [4]])
+@EAGER
+def test_figures_by_step_are_those_of_shorter_inner_loops(network, make_inner, steps):
+    phi = tree.detach(dict(network.named_parameters()))
+    metrics = [Accuracy(), NegativeLogLikelihood(), MacroF1(), QueryLoss()]
+    inner = make_inner(SGD(0.05))
+    found = evaluate(inner, phi, Chunks(3), metrics, steps)
+    assert found.steps == tuple(sorted({*steps, 4}))
+    assert list(found.figures) == ["accuracy", "nll", "macro_f1", "loss"]
+    for place, step in enumerate(found.steps):
+        alone = classify(dataclasses.replace(inner, plan=inner.plan[:step]), phi, metrics)
+        assert alone.steps == ()
+        for name, values in found.figures.items():
+            assert values.shape == (4, 2, len(found.steps))
+            torch.testing.assert_close(values[..., place], alone.figures[name][..., 0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_both_protocols_is_that_of_their_logits(network, make_inner, episode):
+    phi = tree.detach(dict(network.named_parameters()))
+    result = classify(make_inner(Adam(0.01)), phi, [QueryLoss(), NegativeLogLikelihood()])
+    for place, logits in enumerate((result.logits, result.logits_transductive)):
+        expected = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), episode.query_y, reduction="none").mean(1)
+        torch.testing.assert_close(result.figures["loss"][:, place, 0], expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(result.figures["nll"][:, place, 0], expected, rtol=1e-8, atol=1e-10)
+    assert (result.figures["loss"][:, 0] - result.figures["loss"][:, 1]).abs().min() > 1e-6  # batch norm couples them
+
+
+@EAGER
+def test_the_loss_alone_is_the_same_in_a_loop_over_tasks_and_with_weights(network, make_inner, episode):
+    phi = tree.detach(dict(network.named_parameters()))
+    y = episode.query_y.clone()
+    y[0, :3] = NO_TARGET
+    inner = make_inner(Adam(0.01), episode=episode._replace(query_y=y))
+    loss = CrossEntropy(class_weights=[1.0, 2.0, 5.0])
+    results = []
+    for vectorize in (True, False):
+        objective = Objective(network, vectorize, None, loss)
+        own = dataclasses.replace(inner, objective=objective)
+        results.append(classify(own, phi, [QueryLoss()]))
+    first = results[0]
+    torch.testing.assert_close(first.figures["loss"], results[1].figures["loss"], rtol=1e-8, atol=1e-10)
+    weight = torch.tensor(loss.class_weights, dtype=torch.float64)
+    for place, logits in enumerate((first.logits, first.logits_transductive)):
+        for t in range(4):
+            expected = torch.nn.functional.cross_entropy(logits[t], y[t], weight, ignore_index=NO_TARGET)
+            torch.testing.assert_close(first.figures["loss"][t, place, 0], expected, rtol=1e-8, atol=1e-10)
+
+
+@EAGER
+def test_a_loss_that_names_no_metric_of_ours_is_refused(network, make_inner):
+    class Odd(CrossEntropy):
+        def metrics(self, y):
+            return ("accuracy", "error")
+
+    inner = make_inner(Adam(0.01), objective=Objective(network, True, None, Odd()))
+    with pytest.raises(ValueError, match="^Odd.metrics gives 'error': use accuracy, loss, nll, .*, or model.metrics"):
+        evaluate(inner, tree.detach(dict(network.named_parameters())), Chunks(4))
