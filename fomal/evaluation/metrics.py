@@ -12,10 +12,13 @@ from torch import Tensor
 
 from fomal.tasks.episode import NO_TARGET
 from fomal.utils.checks import first_line
+from fomal.utils.pytree import Data, described, leaves, map_leaves
 
 
 class Predicted:
     """Predictions for the query sets of T tasks under one protocol, computed when they are first asked for.
+
+    Predictions and targets are tensors or nested dicts of tensors, here and below.
 
     Args:
         y: (T, Q, *target), the true targets.
@@ -23,11 +26,11 @@ class Predicted:
         lose: gives each task's mean query loss, (T,).
     """
 
-    def __init__(self, y: Tensor, predict: Callable[[], Tensor], lose: Callable[[], Tensor]) -> None:
+    def __init__(self, y: Data, predict: Callable[[], Data], lose: Callable[[], Tensor]) -> None:
         self.y, self._predict, self._lose = y, predict, lose
 
     @cached_property
-    def prediction(self) -> Tensor:
+    def prediction(self) -> Data:
         """What is predicted, (T, Q, *prediction)."""
         return self._predict()
 
@@ -58,7 +61,7 @@ class Metric(ABC):
             ValueError: the metric does not fit predictions and targets, or does not return what it should.
         """
 
-    def check(self, prediction: Tensor, y: Tensor) -> None:  # noqa: B027 # it may refuse nothing
+    def check(self, prediction: Data, y: Data) -> None:  # noqa: B027 # it may refuse nothing
         """Refuse predictions and targets that the metric is not for; as it is, nothing.
 
         Args:
@@ -77,7 +80,7 @@ class ExampleMetric(Metric):
     """
 
     @abstractmethod
-    def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, prediction: Data, y: Data) -> Tensor:
         """The value of each example.
 
         Args:
@@ -94,11 +97,11 @@ class ExampleMetric(Metric):
         self.check(prediction, y)
         values = _called(self, lambda: self(prediction, y), prediction, y)
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        wanted = tuple(y.shape)
+        wanted = tuple(y.shape) if isinstance(y, Tensor) else tuple(leaves(y)[0].shape[:2])
         if not isinstance(values, Tensor) or len(shape) < 2 or shape != wanted[: len(shape)]:
             either = f" or {wanted}" if len(wanted) > 2 else ""
             raise ValueError(
-                f"metric {self.name} returns {shape} for {len(y)} tasks of {y.shape[1]} examples: give {wanted[:2]}"
+                f"metric {self.name} returns {shape} for {wanted[0]} tasks of {wanted[1]} examples: give {wanted[:2]}"
                 f"{either}, without the mean over them."
             )
         return _or_nan(_mean(values.double(), y), prediction)
@@ -108,7 +111,7 @@ class TaskMetric(Metric):
     """A metric with one value for a task as a whole, such as an F1 score, whose examples have none of their own."""
 
     @abstractmethod
-    def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, prediction: Data, y: Data) -> Tensor:
         """The value of one task.
 
         Args:
@@ -124,18 +127,30 @@ class TaskMetric(Metric):
         """See `Metric`."""
         prediction, y = _wide(predicted.prediction), _wide(predicted.y)
         self.check(prediction, y)
-        return _or_nan(torch.stack([self._of_task(*task) for task in zip(prediction, y, strict=True)]), prediction)
+        tasks = range(len(leaves(y)[0]))
+        values = [self._of_task(*map_leaves(lambda t, n=n: t[n], (prediction, y))) for n in tasks]
+        return _or_nan(torch.stack(values), prediction)
 
-    def _of_task(self, prediction: Tensor, y: Tensor) -> Tensor:
-        given = torch.ones((), dtype=torch.bool) if y.is_floating_point() else y != NO_TARGET
-        if not given.all():
+    def _of_task(self, prediction: Data, y: Data) -> Tensor:
+        device = leaves(y)[0].device
+        if (given := _given(y)) is not None and not given.all():
             prediction, y = prediction[given], y[given]
             if not len(y):
-                return torch.full((), torch.nan, dtype=torch.float64, device=y.device)
+                return torch.full((), torch.nan, dtype=torch.float64, device=device)
         value = torch.as_tensor(_called(self, lambda: self(prediction, y), prediction, y))
         if value.numel() != 1:
             raise ValueError(f"metric {self.name} returns {tuple(value.shape)} for a task: give one number, ().")
-        return value.detach().to(y.device, torch.float64).reshape(())
+        return value.detach().to(device, torch.float64).reshape(())
+
+
+def refuse_several(metric: Metric, prediction: Data, y: Data) -> None:
+    """Raise ValueError where predictions or targets are several tensors, of which a metric takes one each."""
+    for value, what in ((y, "the data's targets are"), (prediction, "the predictions are")):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"metric {metric.name} takes one tensor, but {what} {described(value, 2)} of each example: give "
+                f"model.metrics a fomal.evaluation.ExampleMetric of your own."
+            )
 
 
 class QueryLoss(Metric):
@@ -188,11 +203,16 @@ def _check_metric(metric: object) -> None:
         raise ValueError(f"metric {name} has higher_is_better={direction!r}: say True, False, or None for neither.")
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+def _wide(value: Data) -> Data:
+    return map_leaves(lambda t: t.double() if t.is_floating_point() else t, value)
 
 
-def _called(metric: Metric, call: Callable[[], Tensor], prediction: Tensor, y: Tensor) -> Tensor:
+def _given(y: Data) -> Tensor | None:
+    """Where there are labels, shaped as y; None for targets, and for several tensors."""
+    return y != NO_TARGET if isinstance(y, Tensor) and not y.is_floating_point() else None
+
+
+def _called(metric: Metric, call: Callable[[], Tensor], prediction: Data, y: Data) -> Tensor:
     """What a metric returns; its errors name it."""
     try:
         return call()
@@ -200,20 +220,21 @@ def _called(metric: Metric, call: Callable[[], Tensor], prediction: Tensor, y: T
         raise
     except Exception as error:  # of users' metrics: many kinds
         raise ValueError(
-            f"metric {metric.name} fails on predictions {tuple(prediction.shape)} and targets {tuple(y.shape)} of "
-            f"{y.dtype} ({first_line(error)}): change the metric, or leave it out of model.metrics."
+            f"metric {metric.name} fails on predictions {described(prediction)} and targets {described(y)} "
+            f"({first_line(error)}): change the metric, or leave it out of model.metrics."
         ) from error
 
 
-def _mean(values: Tensor, y: Tensor) -> Tensor:
+def _mean(values: Tensor, y: Data) -> Tensor:
     """The mean over each task's values (T, Q, ...), as many labels as there are in y (T, Q, *target) counting: (T,)."""
-    if y.is_floating_point():
+    counts = _given(y)
+    if counts is None:
         return values.flatten(1).mean(1)
-    counts = (y != NO_TARGET).flatten(values.ndim).sum(-1) if values.ndim < y.ndim else (y != NO_TARGET)
+    counts = counts.flatten(values.ndim).sum(-1) if values.ndim < counts.ndim else counts
     return (values.where(counts > 0, 0) * counts).flatten(1).sum(1) / counts.flatten(1).sum(1)
 
 
-def _or_nan(values: Tensor, prediction: Tensor) -> Tensor:
+def _or_nan(values: Tensor, prediction: Data) -> Tensor:
     """Values (T,) with NaN for tasks whose predictions are not finite: the largest of NaNs is no prediction."""
-    finite = prediction.isfinite().flatten(1).all(1)
+    finite = torch.stack([t.isfinite().flatten(1).all(1) for t in leaves(prediction)]).all(0)
     return values.where(finite | ~values.isfinite(), torch.nan)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomal.evaluation.metrics import ExampleMetric, Metric
+from fomal.evaluation.metrics import ExampleMetric, Metric, refuse_several
 from fomal.tasks.episode import NO_TARGET
 from fomal.utils.checks import positive
 
 
 def refuse_numbers(metric: Metric, prediction: Tensor, y: Tensor) -> None:
     """Raise ValueError unless y (T, Q, *places) are labels, and predictions (T, Q, *places, C) scores of classes."""
+    refuse_several(metric, prediction, y)
     if y.is_floating_point():
         raise ValueError(
             f"metric {metric.name} needs int64 labels, but the data's targets are floating point: use one of targets, "

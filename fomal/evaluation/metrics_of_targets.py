@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fomal.evaluation.metrics import ExampleMetric, Metric
+from fomal.evaluation.metrics import ExampleMetric, Metric, refuse_several
 
 
 def refuse_labels(metric: Metric, prediction: Tensor, y: Tensor) -> None:
     """Raise ValueError unless y are floating-point targets, and predictions shaped as they."""
+    refuse_several(metric, prediction, y)
     if not y.is_floating_point():
         raise ValueError(
             f"metric {metric.name} needs floating-point targets, but the data have {y.dtype} labels: use one of "

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fomal.engine.chunking import Chunks
 from fomal.evaluation.metrics import Metric, Predicted, QueryLoss
@@ -17,6 +16,7 @@ from fomal.evaluation.metrics_of_targets import MeanAbsoluteError, MeanSquaredEr
 from fomal.evaluation.torch_metric import CalibrationError, MacroF1, MeanIoU
 from fomal.inner.loop import InnerLoop
 from fomal.inner.loss import Loss, predicts_classes
+from fomal.utils.pytree import Data, map_leaves
 from fomal.utils.tree import Tree, distance
 
 
@@ -55,13 +55,14 @@ class RegressionResult(NamedTuple):
     """Per-task results.
 
     Attributes:
-        predictions: (T, Q, *prediction) after the last step, all queries of a task forwarded together.
+        predictions: (T, Q, *prediction) after the last step, all queries of a task forwarded together; a tensor or
+            nested dicts of tensors.
         figures: each metric's values (T, 1, P), float64, after each of `steps`.
         distance: (T,), of the adapted parameters from the initialisation, Euclidean.
         steps: the inner steps that are reported, 0 for before adaptation.
     """
 
-    predictions: Tensor
+    predictions: Data
     figures: dict[str, Tensor]
     distance: Tensor
     steps: tuple[int, ...] = ()
@@ -87,7 +88,7 @@ _NAMED: dict[str, Callable[[], Metric]] = {
 """Metrics by the names that `Loss.metrics` gives."""
 
 
-def metrics_of(loss: Loss, y: Tensor) -> list[Metric]:
+def metrics_of(loss: Loss, y: Data) -> list[Metric]:
     """The metrics of a loss of targets y where no others are asked for.
 
     Raises:
@@ -142,7 +143,7 @@ def evaluate(
     results: list[Result] = [result for result, _ in chunks.each("evaluation", inner, run, steps=3)]
     if len(results) == 1:
         return results[0]
-    joined: Result = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *results)
+    joined: Result = map_leaves(lambda *parts: torch.cat(parts), *results)
     return joined
 
 

@@ -16,6 +16,7 @@ from fomal.evaluation.protocols import ClassificationResult, Result
 from fomal.utils.checks import some
 from fomal.utils.output import rank_zero_warn
 from fomal.utils.processes import gather
+from fomal.utils.pytree import leaves
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ class Tally:
         for name, values in result.figures.items():
             self._means[name].update(values.flatten(1), weights)
         self._means["distance"].update(result.distance, weights)
-        predicted = [part for part in result if isinstance(part, Tensor)]
-        figures = list(result.figures.values())
-        self._judged.append((number, _finite(predicted), _finite([*predicted, *figures])))
+        self._judged.append((number, _finite(leaves(result._replace(figures={}))), _finite(leaves(result))))
 
     def _begin(self, layout: _Layout) -> None:
         if self._layout is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torchmetrics
 from torch import Tensor
 
-from fomal.evaluation.metrics import TaskMetric
+from fomal.evaluation.metrics import TaskMetric, refuse_several
 from fomal.evaluation.metrics_of_labels import refuse_numbers
 from fomal.utils.checks import first_line
 
@@ -67,6 +67,7 @@ class TorchMetric(TaskMetric):
 
     def check(self, prediction: Tensor, y: Tensor) -> None:
         """See `Metric`."""
+        refuse_several(self, prediction, y)
         if self.classifies and not y.is_floating_point():
             refuse_numbers(self, prediction, y)
         elif prediction.shape != y.shape:

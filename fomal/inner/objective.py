@@ -332,8 +332,8 @@ class Objective:
 
         def task(params: Tree, support: Data, queries: Data) -> Tensor:
             if self.vectorize:
-                each = torch.func.vmap(one, in_dims=(None, None, 0), randomness="different")(params, support, queries)
-                return mean_over_examples(*each)
+                vectorised = torch.func.vmap(one, in_dims=(None, None, 0), randomness="different")
+                return mean_over_examples(*vectorised(params, support, queries))
             count = len(leaves(queries)[0])
             each = [one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)]
             return mean_over_examples(*pytree.stack(each))

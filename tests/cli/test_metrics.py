@@ -92,7 +92,7 @@ def test_from_training_to_comparison(folder: Path, capsys: pytest.CaptureFixture
 
     methods = main(["compare", "runs", "--out", "all.png"])
     told = capsys.readouterr().out
-    assert "close, %" in told
+    assert read_run(Path("runs/b")).quantity("close").unit == "%"
     finals = {method.label: method.final("close")[0] for method in methods}
     best = max(finals.values())
     assert f"Best by close, of which higher is better: {', '.join(k for k, v in finals.items() if v == best)}." in told
