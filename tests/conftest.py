@@ -42,6 +42,13 @@ def omniglot_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the images of real data sets are decoded once for all tests, those of other processes too."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "image_cache"
+
+
+@pytest.fixture(scope="session")
 def cifar_root() -> Path:
     """A hundred images of each class of CIFAR-FS, as a zip."""
     return shared_data("cifar_fs") / "cifar_fs_100.zip"

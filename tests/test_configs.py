@@ -68,12 +68,6 @@ def load(config: str) -> dict[str, Any]:
     return yaml.safe_load((configs_dir() / config).read_text())
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images are decoded once for all configs."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def test_every_row_of_the_published_table_has_its_config() -> None:
     rows = {f"omniglot/{w}way_{s}shot_{rule}.yaml" for w in (5, 20) for s in (1, 5) for rule in TABLE}
     assert len(rows) == 12
@@ -145,7 +139,7 @@ def test_a_config_runs_with_settings_of_the_data_alone_changed(
     fast += ["--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     folder = config.partition("/")[0]
     if folder not in ("sinusoid", "glyphs"):
-        cache = request.getfixturevalue("cache")
+        cache = request.getfixturevalue("image_cache")
         root = request.getfixturevalue("omniglot_root" if folder == "omniglot" else "cifar_root")
         fast += [f"--data.root={root}", f"--data.cache_dir={cache}", "--data.query_shots=1"]
     size = {"glyphs": 16, "image_folder": 16}.get(folder, {"omniglot": 28, "sinusoid": None}.get(folder, 32))
@@ -202,7 +196,7 @@ def test_every_run_of_a_shipped_experiment_is_complete(name: str, capsys: pytest
 
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_method_of_a_shipped_experiment_runs(
-    name: str, tmp_path: Path, omniglot_root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, omniglot_root: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = read_experiment(name)
@@ -213,7 +207,7 @@ def test_every_method_of_a_shipped_experiment_runs(
         "--data.val_tasks=1",
         "--data.meta_batch_size=1",
     ]
-    fast += [f"--data.root={omniglot_root}", f"--data.cache_dir={cache}"]
+    fast += [f"--data.root={omniglot_root}", f"--data.cache_dir={image_cache}"]
     for run in {point.method: point.run for point in experiment.points}.values():  # the last of each method
         cli = main(["fit", "--config", experiment.base, "--config", yaml.safe_dump(run.overrides(tmp_path, 0)), *fast])
         assert cli.trainer.global_step == 2

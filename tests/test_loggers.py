@@ -236,7 +236,7 @@ def test_a_failed_start_leaves_no_run(given: dict[str, str], config: str, no_acc
         }
 
     start = ["fit", "--config", config, *logger(offline=True, log_model=not given, **given)]
-    fail = ["--trainer.callbacks+=tests.cli.test_cli_runs.Fail", "--trainer.callbacks.at=0"]
+    fail = ["--trainer.callbacks+=tests.helpers.failing.Fail", "--trainer.callbacks.at=0"]
     with pytest.raises(SystemExit):
         main([*start, *fail])
     assert not Path("runs").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import zipfile
@@ -21,30 +20,7 @@ from torchvision.datasets import Omniglot
 from fomal.data import omniglot
 from fomal.data.omniglot import PARTS, SIDE, OmniglotDataModule
 from fomal.tasks.sampler import SPLITS
-
-TINY = {  # characters of each alphabet
-    "images_background": {"Beta": 3, "Alpha_(old)": 4},
-    "images_evaluation": {"Delta": 2, "Gamma": 3},
-}
-DRAWINGS = 4
-
-
-def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def write_folders(root: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for part, alphabets in TINY.items():
-        for alphabet, characters in alphabets.items():
-            for character in range(characters, 0, -1):  # not in the order they must come out
-                folder = root / part / alphabet / f"character{character:02}"
-                folder.mkdir(parents=True)
-                for drawing in range(DRAWINGS, 0, -1):
-                    (folder / f"{drawing:02}.png").write_bytes(png(rng.random((SIDE, SIDE)) < 0.8))
-    return root
+from tests.helpers.tiny_omniglot import DRAWINGS, TINY, png, write_folders
 
 
 def zip_part(folder: Path, archive: Path) -> None:
@@ -81,15 +57,10 @@ def cache_dir(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="session")
-def full_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("full_cache")
-
-
 @pytest.fixture
-def full(omniglot_root: Path, full_cache: Path) -> Callable[..., OmniglotDataModule]:
+def full(omniglot_root: Path, image_cache: Path) -> Callable[..., OmniglotDataModule]:
     """Makes datamodules over the complete data."""
-    return lambda **options: ready(omniglot_root, full_cache, **options)
+    return lambda **options: ready(omniglot_root, image_cache, **options)
 
 
 def ready(root: Path, cache_dir: Path, **options: Any) -> OmniglotDataModule:
@@ -217,8 +188,8 @@ def test_uneven_characters(folders: Path, cache_dir: Path) -> None:
 # The complete data
 
 
-def test_counts_of_the_complete_data(omniglot_root: Path, full_cache: Path) -> None:
-    images, counts, names = load(omniglot_root, full_cache)
+def test_the_complete_data(omniglot_root: Path, image_cache: Path, tmp_path: Path) -> None:
+    images, counts, names = load(omniglot_root, image_cache)
     assert len(set(names)) == 1623
     assert counts.tolist() == [20] * 1623
     assert [sum(name.startswith(part) for name in names) for part in PARTS] == [964, 659]
@@ -226,21 +197,13 @@ def test_counts_of_the_complete_data(omniglot_root: Path, full_cache: Path) -> N
     assert images.shape == (32460, 1, 28, 28)
     assert images.unique().tolist() == [0.0, 1.0]
     assert 0.85 < images.mean() < 0.98  # the background is 1
-
-
-@pytest.mark.parametrize(
-    ("part", "place", "name"), [(0, 0, "Alphabet_of_the_Magi/character01/0709_01"), (1, -1, "ULOG/character26/1623_20")]
-)
-def test_known_drawings(
-    omniglot_root: Path, full_cache: Path, tmp_path: Path, part: int, place: int, name: str
-) -> None:
-    with zipfile.ZipFile(omniglot_root / f"{PARTS[part]}.zip") as zipped:
-        drawing = tmp_path / "drawing.png"
-        drawing.write_bytes(zipped.read(f"{PARTS[part]}/{name}.png"))
-    with Image.open(drawing) as image:
-        assert image.mode == "1"
-        expected = np.array(image.resize((28, 28)).convert("L")) // 255  # as in the released code
-    np.testing.assert_array_equal(load(omniglot_root, full_cache).images[place, 0].numpy(), expected)
+    for part, place, name in ((0, 0, "Alphabet_of_the_Magi/character01/0709_01"), (1, -1, "ULOG/character26/1623_20")):
+        with zipfile.ZipFile(omniglot_root / f"{PARTS[part]}.zip") as zipped:
+            drawing = zipped.extract(f"{PARTS[part]}/{name}.png", tmp_path)
+        with Image.open(drawing) as image:
+            assert image.mode == "1"
+            expected = np.array(image.resize((28, 28)).convert("L")) // 255  # as in the released code
+        np.testing.assert_array_equal(images[place, 0].numpy(), expected)
 
 
 def test_the_papers_split(full: Callable[..., OmniglotDataModule]) -> None:

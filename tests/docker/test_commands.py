@@ -198,12 +198,3 @@ def test_readme_names_files_that_there_are() -> None:
     for line in readme_commands():
         for name in re.findall(r"docker/[\w.-]+", line):
             assert (FOLDER.parent / name).is_file(), line
-
-
-# -- can these fail?
-
-
-@pytest.mark.parametrize("wrong", ["--trainer.device=1", "--config=sinusoid/reptil", "--data.meta_batch_size=six"])
-def test_parsing_finds_mistakes(wrong: str, config: Any) -> None:
-    with pytest.raises(AssertionError, match="error"):
-        config(["fomal", "fit", wrong])

@@ -22,6 +22,7 @@ from fomal.utils.checks import height_and_width, nonnegative, one_of
 from fomal.utils.output import rank_zero_warn
 
 _SHOWN = 20  # problems named in a message
+_Prepared = tuple[Source, Listing, Store, list[int]]
 
 
 class ImageFilesDataModule(ImageDataModule):
@@ -86,7 +87,7 @@ class ImageFilesDataModule(ImageDataModule):
         self.cache_gb = cache_gb
         self.on_error = on_error
         self.class_names = {}
-        self._found: tuple[Source, Listing] | None = None  # from `prepare_data` until `load`
+        self._prepared: _Prepared | None = None  # from `prepare_data` until `load`
 
     @property
     def file_format(self) -> ImageFormat:
@@ -103,10 +104,10 @@ class ImageFilesDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Read every file once, and build the cache; once per machine."""
-        self._found = source, listing = self.find()
+        source, listing = self.find()
         tell_left_out(source.label, listing.left_out)
         self._check_listing(listing)  # what is wrong with it is found before hours of decoding
-        self._load_images(source, listing, verify=True)
+        self._prepared = source, listing, *self._load_images(source, listing, verify=True)
 
     def _check_listing(self, listing: Listing) -> None:
         images = Counter(file.label for file in listing.files)
@@ -119,9 +120,12 @@ class ImageFilesDataModule(ImageDataModule):
 
     def load(self) -> dict[str, ClassImages]:
         """The classes of each split."""
-        source, listing = self._found or self.find()
-        self._found = None
-        store, kept = self._load_images(source, listing)
+        if self._prepared is None:
+            source, listing = self.find()
+            store, kept = self._load_images(source, listing)
+        else:
+            source, listing, store, kept = self._prepared
+            self._prepared = None
         if not kept:
             raise ValueError(f"{source.label} has no image that can be used.")
         files = [listing.files[i] for i in kept]

@@ -140,9 +140,18 @@ class Cached:
         """
         places, size = index.tolist(), self.shape[1:].numel()
         pixels = np.empty((len(places), *self.shape[1:]), np.uint8)
+        return self._read(zip(pixels, (place * size for place in places), strict=True), pixels)
+
+    def all(self) -> Tensor:
+        """All images at once, as `index_select` gives some."""
+        pixels = np.empty(self.shape, np.uint8)
+        return self._read([(pixels, 0)], pixels)
+
+    def _read(self, wanted: Iterable[tuple[NDArray[np.uint8], int]], pixels: NDArray[np.uint8]) -> Tensor:
+        """Fill arrays, which are parts of `pixels`, with what the file has from a byte on."""
         file = self._opened()
         whole = self._present(file) == self._state
-        if not (whole and all(os.preadv(file, [row], p * size) == size for row, p in zip(pixels, places, strict=True))):
+        if not (whole and all(os.preadv(file, [part], start) == part.nbytes for part, start in wanted)):
             raise RuntimeError(
                 f"The cache file {self.path} was changed or cut short while it was used: start again, which builds it "
                 f"again, and set data.cache_dir to a folder that nothing else cleans or writes to."
@@ -259,7 +268,7 @@ def _pixels(path: Path, shape: tuple[int, ...], about: Arrays, verify: bool) -> 
     if verify and _checksum(path) != about["checksum"]:
         rank_zero_warn(f"The cache file {path} is damaged: building it again.")
         return None
-    return images.index_select(0, torch.arange(shape[0])) if images.size <= _IN_MEMORY else images
+    return images.all() if images.size <= _IN_MEMORY else images
 
 
 def _say(source: Source, remarks: Iterable[str]) -> None:

@@ -97,21 +97,8 @@ def test_an_earlier_run_in_the_same_folder_is_kept(tmp_path: Path, recwarn: pyte
     assert not [w for w in recwarn if "will be deleted" in str(w.message)]
 
 
-class Fail(Callback):
-    """Fails where it is told to, or after so many meta-iterations."""
-
-    def __init__(self, at: int | str) -> None:
-        if isinstance(at, str):
-            setattr(self, at, self.fail)
-        else:
-            self.on_train_batch_start = lambda trainer, *args: trainer.global_step == at and self.fail()
-
-    def fail(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("no")
-
-
 def failing(at: str | int) -> tuple[str, str]:
-    return "--trainer.callbacks+=tests.cli.test_cli_runs.Fail", f"--trainer.callbacks.at={at}"
+    return "--trainer.callbacks+=tests.helpers.failing.Fail", f"--trainer.callbacks.at={at}"
 
 
 def there(folder: Path) -> dict[Path, bytes]:
