@@ -79,16 +79,6 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fomal {__version__}\n"
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_answers_without_lightning(option: str) -> None:
-    code = (
-        "import sys\nfrom fomal.cli import main\ntry:\n    main([sys.argv[1]])\n"
-        "except SystemExit as stop:\n    assert stop.code == 0\n"
-        "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, option], check=True, capture_output=True)
-
-
 def test_python_m_fomal_exits_like_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "fomal", "fitt"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,7 @@
-"""Two hosts, as two network namespaces on this machine: equality with one host, and what happens when one is lost."""
+"""Two hosts, as two network namespaces on this machine: equality with one host, and what happens when one is lost.
+
+Of what takes minutes, the first test is all that must not be slow: two processes that say they are on two nodes.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,14 @@ def cluster(network: None, launch: Callable[..., Launched], tmp_path: Path) -> C
     return start
 
 
+def test_two_nodes_train_what_one_does(whole: Any, tmp_path: Path) -> None:
+    both = Run(tmp_path / "run", LAUNCH)
+    group = both.start("--trainer.devices=1", "--trainer.num_nodes=2", nodes=2)
+    assert group.wait(100) == [0, 0], group.said()
+    same(both.found(), whole(LAUNCH))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_hosts_train_what_one_does(cluster: Any, whole: Any) -> None:
     both = cluster()

@@ -33,28 +33,35 @@ class Group:
         args: its arguments.
         out: folder for what they print, in a file for each.
         environment: further variables.
+        nodes: how many nodes they say that they are on, each with as many.
     """
 
     def __init__(
-        self, world: int, target: Callable[..., Any], *args: Any, out: Path, environment: dict[str, str] | None = None
+        self,
+        world: int,
+        target: Callable[..., Any],
+        *args: Any,
+        out: Path,
+        environment: dict[str, str] | None = None,
+        nodes: int = 1,
     ) -> None:
         port = str(free_port())
         self.logs = [out / f"process{rank}.log" for rank in range(world)]
         self.processes = []
         for rank in range(world):
-            variables = {} if world == 1 else self._variables(rank, world, port)
+            variables = {} if world == 1 else self._variables(rank, world, world // nodes, port)
             process = FORK.Process(target=_run, args=(target, args, variables | (environment or {}), self.logs[rank]))
             process.start()
             self.processes.append(process)
 
     @staticmethod
-    def _variables(rank: int, world: int, port: str) -> dict[str, str]:
+    def _variables(rank: int, world: int, local: int, port: str) -> dict[str, str]:
         return {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
+            "LOCAL_RANK": str(rank % local),
+            "GROUP_RANK": str(rank // local),
             "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(local),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "TORCHELASTIC_RUN_ID": "test",

@@ -96,14 +96,14 @@ class Run:
     def last(self) -> Path:
         return self.place / "checkpoints" / "last.ckpt"
 
-    def start(self) -> Group:
-        """Start it, or start it again: the same command."""
+    def start(self, *more: str, nodes: int = 1) -> Group:
+        """Start it, or start it again: the same command, and more options."""
         self.starts += 1
         self.progress.value = -1
         out = self.folder / f"start{self.starts}"
         out.mkdir()
-        args = ["--config", str(self.config), "--ckpt_path=last"]
-        return Group(self.launch[0], fit, args, self.progress, out=out)
+        args = ["--config", str(self.config), "--ckpt_path=last", *more]
+        return Group(self.launch[0], fit, args, self.progress, out=out, nodes=nodes)
 
     def wait_for(self, group: Group, step: int) -> None:
         """Wait until it is at meta-iteration `step`."""
