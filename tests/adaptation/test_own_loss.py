@@ -13,7 +13,7 @@ import yaml
 
 from fomal.cli import main
 from fomal.learner.meta_learner import MetaLearner
-from tests.adaptation.conftest import config
+from tests.helpers.colours import config
 
 OWN = """
 import torch.nn.functional as F

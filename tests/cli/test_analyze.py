@@ -1,3 +1,5 @@
+"""The verb analyze: what it reports of a config or a checkpoint, and what it refuses."""
+
 from __future__ import annotations
 
 import json
@@ -9,7 +11,6 @@ import torch
 import yaml
 
 from fomal.cli import main
-from fomal.plots.taylor import taylor_figure
 from tests.helpers.sine import tiny_model
 
 PNG = b"\x89PNG"
@@ -102,12 +103,3 @@ def test_settings_that_cannot_work_are_refused(
 
 def test_a_misspelt_option_is_named(config: Path, fails: Callable[..., str]) -> None:
     assert "did you mean --tasks" in fails("analyze", "--config", str(config), "--task", "5")
-
-
-def test_the_figure_shows_each_rule_and_its_slope() -> None:
-    figure = taylor_figure([0.1, 1.0], {"Reptile": [0.01, 1.0], "MAML": [0.02, 2.0]}, {"Reptile": 2.0, "MAML": 1.99})
-    (axes,) = figure.axes
-    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
-    assert lines["Reptile: slope 2.000"] == [0.01, 1.0]
-    assert lines["MAML: slope 1.990"] == [0.02, 2.0]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
