@@ -17,7 +17,8 @@ class SmallConv(nn.Module):
         self.net = Conv4(ways=ways, in_channels=1, image_size=9, filters=4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        y: Tensor = self.net(x)
+        return y
 
 
 def classification_episode(tasks: int = 4, ways: int = 3, shots: int = 4, query: int = 2, seed: int = 0) -> Episode:

@@ -11,10 +11,13 @@ class Fail(Callback):
     """Fails where it is told to, or after so many meta-iterations."""
 
     def __init__(self, at: int | str) -> None:
+        self.at = at
         if isinstance(at, str):
             setattr(self, at, self.fail)
-        else:
-            self.on_train_batch_start = lambda trainer, *args: trainer.global_step == at and self.fail()
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.at:
+            self.fail()
 
     def fail(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("no")

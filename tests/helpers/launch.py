@@ -61,8 +61,8 @@ def launch() -> Iterator[Any]:
     """Starts a launcher; kills what is left of it at the end."""
     started: list[Launched] = []
 
-    def start(*args: Any, **variables: str) -> Launched:
-        started.append(Launched(*args, **variables))
+    def start(command: Sequence[str], out: Path, **variables: str) -> Launched:
+        started.append(Launched(command, out, **variables))
         return started[-1]
 
     yield start

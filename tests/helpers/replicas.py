@@ -68,7 +68,8 @@ def fitted(model: Any, data: Any, folder: Path, steps: int = STEPS, **settings: 
     run = trainer(steps, **{**defaults, **settings})
     run.fit(model, datamodule=data)
     run.save_checkpoint(folder / "c.ckpt")
-    return torch.load(folder / "c.ckpt", weights_only=True)
+    content: dict[str, Any] = torch.load(folder / "c.ckpt", weights_only=True)
+    return content
 
 
 def conv(seed: int, rule: Any, inner: Any, **settings: Any) -> MetaLearner:

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 ITEM = torch.ops.aten._local_scalar_dense.default
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Keeps each operation with its arguments: numbers as they are, tensors by identity."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.done: list[Any] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

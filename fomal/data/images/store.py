@@ -147,7 +147,7 @@ class Cached:
         pixels = np.empty(self.shape, np.uint8)
         return self._read([(pixels, 0)], pixels)
 
-    def _read(self, wanted: Iterable[tuple[NDArray[np.uint8], int]], pixels: NDArray[np.uint8]) -> Tensor:
+    def _read(self, wanted: Iterable[tuple[Any, int]], pixels: NDArray[np.uint8]) -> Tensor:
         """Fill arrays, which are parts of `pixels`, with what the file has from a byte on."""
         file = self._opened()
         whole = self._present(file) == self._state
