@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.inner import Adam
 from fomal.learner.meta_learner import MetaLearner
-from fomal.learner.settings import InnerSchedule
+from fomal.learner.settings import EvalSchedule, InnerSchedule
 from fomal.outer import Reptile
 
 
@@ -29,7 +29,7 @@ class RandomImages(ImageDataModule):
 
 
 def learner(network: nn.Module) -> MetaLearner:
-    return MetaLearner(network, Reptile(), Adam(0.01), train=InnerSchedule(2, 5), eval=InnerSchedule(6, 4))
+    return MetaLearner(network, Reptile(), Adam(0.01), train=InnerSchedule(2, 5), eval=EvalSchedule(6, 4))
 
 
 def fit(model: MetaLearner, data: L.LightningDataModule, folder: Path, *callbacks: Any, **settings: Any) -> None:
