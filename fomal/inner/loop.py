@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State
-from fomal.tasks.episode import Episode
+from fomal.tasks.episode import FIELDS, Episode
 from fomal.tasks.sampler import Plan
 from fomal.utils import tree
 from fomal.utils.fingerprint import settings
+from fomal.utils.pytree import Data, map_leaves, named
 from fomal.utils.tree import Tree
 
 
@@ -51,9 +52,10 @@ class Trajectory(NamedTuple):
     combination: Tree
 
 
-def gather_examples(x: Tensor, index: Tensor) -> Tensor:
-    """Examples `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+def gather_examples(x: Data, index: Tensor) -> Data:
+    """Data `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return map_leaves(lambda t: t[rows, index], x)
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class InnerLoop:
     @property
     def device(self) -> torch.device:
         """Where the tasks are."""
-        return self.episode.support_x.device
+        return self.episode.device
 
     @property
     def signature(self) -> Hashable:
         """What the memory that a task takes depends on: shapes of its examples, and the number of steps."""
-        shapes = self.episode.support_x.shape[1:], self.episode.query_x.shape[1:]
-        return shapes, len(self.plan)
+        sets = {"support": self.episode.support_x, "query": self.episode.query_x}
+        return (*((name, t.shape[1:]) for name, t in named(sets, "")), len(self.plan))
 
     def sample(self, steps: int | None) -> InnerLoop:
         """The first task's inner loop, not traced; with `steps`, so many of its steps."""
@@ -99,9 +101,7 @@ class InnerLoop:
 
     def select(self, tasks: Tensor | slice) -> InnerLoop:
         """The inner loops of the tasks of the given places alone."""
-        return replace(
-            self, episode=self.episode.map(lambda t: t[tasks]), plan=tuple(step[tasks] for step in self.plan)
-        )
+        return replace(self, episode=self.episode.select(tasks), plan=tuple(step[tasks] for step in self.plan))
 
     def expand_to_tasks(self, start: Tree) -> Tree:
         """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
@@ -112,8 +112,22 @@ class InnerLoop:
         return {name: self.task_mean(t) for name, t in stacked.items()}
 
     def task_mean(self, t: Tensor) -> Tensor:
-        """The mean over the tasks, the first axis of t."""
-        return t.mean(0)
+        """The mean over the tasks, the first axis of t, each with its weight."""
+        if self.episode.weight is None:
+            return t.mean(0)
+        weight = self.episode.weight.to(t.dtype)  # (T,)
+        total: Tensor = torch.tensordot(weight, t, 1)
+        return total / weight.sum().clamp_min(torch.finfo(t.dtype).tiny)
+
+    @property
+    def weight(self) -> Tensor:
+        """The mean weight of the tasks, (); 1 where they have none."""
+        weight = self.episode.weight
+        return torch.ones((), device=self.device) if weight is None else weight.mean()
+
+    def task_sum(self, t: Tensor) -> Tensor:
+        """The sum over the tasks, the first axis of t."""
+        return t.sum(0)
 
     def expand_state_to_tasks(self) -> State:
         """The state before the first step, for each task."""
@@ -130,7 +144,7 @@ class InnerLoop:
         adapted = {name: p for name, p in start.items() if name in self.adapted}
         return adapted, {name: p for name, p in start.items() if name not in self.adapted}
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Data, Data]]:
         """The mini-batch of each step: x (T, B, *input) and y (T, B, ...)."""
         for index in self.plan:
             yield gather_examples(self.episode.support_x, index), gather_examples(self.episode.support_y, index)
@@ -200,17 +214,17 @@ class InnerLoop:
         if self.optimizer.for_tasks(self.episode.seed, self.episode.split, self.episode.number) is not self.optimizer:
             return run(self, start)  # with noise of these episodes
 
-        def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Tensor) -> tuple[Any, ...]:
-            fields = ("support_x", "support_y", "query_x", "query_y")
-            tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))  # type: ignore[arg-type]
+        fields = [name for name in (*FIELDS, "weight") if getattr(self.episode, name) is not None]
+
+        def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Data) -> tuple[Any, ...]:
+            tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))
             inner = replace(self, objective=self.objective.eager(), state=state, plan=plan, episode=tasks)
             gradient, trajectory = run(inner, start)
             return gradient, *trajectory
 
         losses = self.objective.losses_used()
         settled = (name, settings(self.optimizer), losses, self.signature, self.adapted, self.episode.ways)
-        episode = self.episode
-        tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+        tensors = (getattr(self.episode, name) for name in fields)
         gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)
         return gradient, Trajectory(*parts)
 

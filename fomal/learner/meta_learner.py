@@ -43,7 +43,14 @@ from fomal.learner.watch import Watch, refuse_nonfinite_state, refuse_nonfinite_
 from fomal.models.norm import other_norms, use_batch_statistics
 from fomal.models.parameters import matching
 from fomal.models.usable import checked, refuse_unusable
-from fomal.outer.meta_gradient import MetaGradient, bad_tasks, mean_over_processes, meta_gradient, varied
+from fomal.outer.meta_gradient import (
+    MetaGradient,
+    bad_tasks,
+    mean_over_parts,
+    mean_over_processes,
+    meta_gradient,
+    varied,
+)
 from fomal.outer.rule import OuterRule
 from fomal.run.moved import RefusesMoved
 from fomal.run.provenance import commits, versions
@@ -53,10 +60,11 @@ from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode, Numbers, refuse_others
 from fomal.tasks.sampler import Plan, minibatch_plan, separate_tail
 from fomal.utils import tree
-from fomal.utils.checks import of_type, one_of, positive
+from fomal.utils.checks import of_type, one_of
 from fomal.utils.fingerprint import Snapshot, settings
 from fomal.utils.output import rank_zero_info, rank_zero_warn
 from fomal.utils.processes import refuse_disagreement
+from fomal.utils.pytree import leaves, map_leaves
 from fomal.utils.tree import Tree
 
 TRAIN, EVAL, OUTER, EXECUTION = InnerSchedule(), EvalSchedule(steps=50, batch_size=5), OuterStep(), Execution()
@@ -130,7 +138,6 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             of_type(InnerSchedule if kind is EvalSchedule else kind, **{name: group})
         if metrics is not None:
             check_metrics(metrics)
-        positive(**{"model.train.steps": train.steps})
         rule.check(train.steps, inner_optimizer)
         self.automatic_optimization = False
         self.network = network
@@ -232,7 +239,8 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         if not self.objective.is_of(self.network, self.loss, self.query_loss):
             self._take_network()
         like = next(p for p in self.network.parameters() if p.is_floating_point())
-        if training and self.rule.needs_query and not episode.query_x.shape[1]:
+        episode = episode.with_task_tensors()
+        if training and self.rule.needs_query and not episode.query_examples:
             raise ValueError(f"{type(self.rule).__name__} needs a query set, but Episode.query_x has no examples.")
         inner = InnerLoop(
             objective=self.objective,
@@ -246,7 +254,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         return inner
 
     def _plan(self, episode: Episode, training: bool) -> Plan:
-        examples = episode.support_x.shape[1]
+        examples = episode.support_examples
         schedule = self.train_schedule if training else self.eval_schedule
         steps, batch, replacement = schedule.steps, schedule.batch_size, schedule.replacement
         stream = (episode.seed, episode.split, episode.number)
@@ -259,19 +267,21 @@ class MetaLearner(RefusesMoved, L.LightningModule):
     @torch.no_grad()
     def _check_network(self, inner: InnerLoop, second_order: bool) -> None:
         """At the first use: refuse a network that does not fit the data, and settle how to run over tasks."""
-        with_query = self.query_loss is not None and bool(inner.episode.query_x.shape[1])
+        with_query = self.query_loss is not None and bool(inner.episode.query_examples)
         if self.objective.is_settled(second_order, with_query):
             return
         if inner.episode.number.device.type != "cpu":
             inner.episode.to("cpu").check()  # here there may be a wait
         episode = inner.episode
-        x, y = (part[:2] for part in (episode.support_x, episode.support_y))
+        few = episode.select(slice(0, 2))
+        x, y = few.support_x, few.support_y
         if inner.plan:
             x, y = (gather_examples(part, inner.plan[0][:2]) for part in (x, y))
-        query = (episode.query_x[:2], episode.query_y[:2]) if with_query else ()
+        query = (few.query_x, few.query_y) if with_query else ()
         for part, some_x, some_y in self.objective.parts(x, y, *query):
-            check_loss(part.loss_of(some_y), checked(self.network, some_y), some_x[0], some_y[0], episode.ways)
-        if self.loss is None and looks_like_labels(episode.support_y[:2].flatten(0, 1)):
+            first_x, first_y = (map_leaves(lambda t: t[0], value) for value in (some_x, some_y))
+            check_loss(part.loss_of(some_y), checked(self.network, some_y), first_x, first_y, episode.ways)
+        if self.loss is None and looks_like_labels(map_leaves(lambda t: t.flatten(0, 1), few.support_y)):
             rank_zero_info(
                 "The targets are several zeros and ones: their loss is the squared error; for labels that are there or "
                 "not, model.loss: fomal.inner.BinaryCrossEntropy."
@@ -288,14 +298,19 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             phi: the initialisation.
             state: the inner optimiser's.
         """
-        return meta_gradient(self.rule, self._training_loop(batch, state), phi, self.outer.skips, self.chunks)
+        loops, tasks = self._training_loops(batch, state), len(batch.number)
+        return mean_over_parts(
+            (meta_gradient(self.rule, inner, phi, self.outer.skips, self.chunks), inner.tasks / tasks)
+            for inner in loops
+        )
 
-    def _training_loop(self, batch: Episode | Numbers, state: State) -> InnerLoop:
+    def _training_loops(self, batch: Episode | Numbers, state: State) -> list[InnerLoop]:
+        """The inner loops of a meta-batch, those of tasks of equal size together."""
         if isinstance(batch, Numbers):
             data = getattr(self.trainer, "datamodule", None)
             assert isinstance(data, EpisodeDataModule)  # no other gives numbers
             batch = data.draw(batch)
-        return self.inner_loop(batch, training=True, state=state)
+        return [self.inner_loop(group, training=True, state=state) for _, group in batch.by_size()]
 
     def capturing(self, function: Callable[..., MetaGradient], capture: Capture) -> Captured:
         """Capture `gradient_of`, or a function like it; that the values are finite is then found on the device too."""
@@ -339,14 +354,15 @@ class MetaLearner(RefusesMoved, L.LightningModule):
     def _bad_episodes(self, batch: Episode | Numbers, phi: Tree, state: State) -> list[int]:
         """The episodes of this process that are not finite, unless it is the weights or the data."""
         refuse_nonfinite_weights(self.network, f"meta-iteration {self.global_step}")
-        inner = self._training_loop(batch, state)
-        if found := inner.episode.nonfinite():
-            raise FloatingPointError(
-                f"meta-iteration {self.global_step + 1}: the {found} is not finite: mend the data, or leave such tasks "
-                f"out with model.outer.on_nonfinite: skip_task."
-            )
-        bad: list[int] = batch.number[bad_tasks(self.rule, inner, phi)].tolist()
-        return bad
+        loops = self._training_loops(batch, state)
+        for inner in loops:
+            if found := inner.episode.nonfinite():
+                raise FloatingPointError(
+                    f"meta-iteration {self.global_step + 1}: the {found} is not finite: mend the data, or leave such "
+                    f"tasks out with model.outer.on_nonfinite: skip_task."
+                )
+        bad = [inner.episode.number[bad_tasks(self.rule, inner, phi)] for inner in loops]
+        return sorted(torch.cat(bad).tolist())
 
     def _counts(self, found: MetaGradient) -> bool:
         """Whether a task of the meta-batch is finite; raises FloatingPointError where none is again and again."""
@@ -431,9 +447,9 @@ class MetaLearner(RefusesMoved, L.LightningModule):
     def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
         """Adapt to the support sets, predict the query sets and measure; changes neither weights nor carried state."""
         refuse_others(episode)
-        if episode.support_x.device.type == "cpu":
+        if episode.device.type == "cpu":
             episode.refuse_nonfinite()
-        if not episode.query_x.shape[1]:
+        if not episode.query_examples:
             raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
         inner, schedule = self.inner_loop(episode, training=False), self.eval_schedule
         report = schedule.report_steps if isinstance(schedule, EvalSchedule) else None
@@ -517,9 +533,11 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             data.check_memory(["train", "val"] if stage == "fit" else [split])
             # The first use of the network, on two tasks: what does not fit is found here.
             episode = data.episodes(split, torch.arange(2)).check()
-            same |= {"the seed of the data": data.seed, "the first episodes": episode.support_x.double().sum().item()}
+            sums = sum(t.double().sum().item() for t in leaves(episode.support_x))
+            same |= {"the seed of the data": data.seed, "the first episodes": sums}
             self.objective.unsettle()
-            self.inner_loop(data.on_after_batch_transfer(episode, 0), training=stage == "fit")
+            for _, group in data.on_after_batch_transfer(episode, 0).by_size()[:1]:
+                self.inner_loop(group, training=stage == "fit")
             self._check_figures(data, stage, split)
         refuse_disagreement(same)
 
@@ -530,7 +548,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
                 return
             split = "val"
         episode = data.on_after_batch_transfer(data.episodes(split, torch.arange(1)).check(), 0)
-        if episode.query_x.shape[1]:
+        if episode.query_examples:
             check_monitors(self.trainer, self.try_metrics(episode))
 
     def on_train_start(self) -> None:

@@ -23,7 +23,8 @@ class InnerSchedule:
     """The inner steps on a task.
 
     Args:
-        steps: how many, k.
+        steps: how many, k; 0 judges the initialisation as it is and, in training by rules with a query set, learns it
+            without adaptation.
         batch_size: support examples per step.
         replacement: draw each mini-batch independently, rather than in shuffled passes.
 

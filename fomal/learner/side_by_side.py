@@ -101,6 +101,10 @@ class SideBySide(InnerLoop):
         """The mean of t (T, ...) over the tasks of each run, (R, ...)."""
         return t.view(self.runs, -1, *t.shape[1:]).mean(1)
 
+    def task_sum(self, t: Tensor) -> Tensor:
+        """The sum of t (T, ...) over the tasks of each run, (R, ...)."""
+        return t.view(self.runs, -1, *t.shape[1:]).sum(1)
+
 
 def _stacked(states: Sequence[State]) -> State:
     """States of the same kind along a new first axis; counters, which are the same in all, as they are."""

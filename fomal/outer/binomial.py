@@ -36,6 +36,9 @@ class BinomialMAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
+        if not inner.plan:
+            trajectory = inner.rollout(start)
+            return inner.mean(inner.query_gradients(trajectory.end)), trajectory
         trajectory, before = _rollout(inner, start)
         gradient = inner.query_gradients(trajectory.end)  # (T, ...)
         total = inner.mean(gradient)

@@ -84,4 +84,4 @@ def back_propagate(inner: InnerLoop, start: Tree, order: int) -> tuple[Tree, Tra
         return inner.task_mean(inner.query_losses(trajectory.end)).sum(), trajectory
 
     (by_middle, by_start), trajectory = torch.func.grad(query_loss, argnums=(0, 1), has_aux=True)(begun.end, start)
-    return tree.add(by_start, tree.scaled(inner.mean(by_middle), inner.tasks)), trajectory
+    return tree.add(by_start, {name: inner.task_sum(t) for name, t in by_middle.items()}), trajectory

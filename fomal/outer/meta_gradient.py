@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class MetaGradient(NamedTuple):
         gradient: the outer gradient, the mean over the tasks that count.
         state: the inner optimiser's state after the last step, the mean over the same tasks.
         losses: (2,), the mean loss on the first and on the last mini-batch.
-        weight: (), the share of the tasks that count, summed over processes.
+        weight: (), the share of the tasks that count, times their mean weight, summed over processes.
         skipped: (), the number of tasks that do not.
         finite: (), bool: whether no value is infinite or NaN, where that is known already.
     """
@@ -96,7 +96,7 @@ def meta_gradient(
         return nothing._replace(weight=torch.zeros_like(found.weight), skipped=skipped)
     index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
     good = _mean_over_chunks(rule, inner.select(index), start, chunks)
-    return good._replace(weight=torch.full_like(good.weight, 1 - len(bad) / tasks), skipped=skipped)
+    return good._replace(weight=good.weight * (1 - len(bad) / tasks), skipped=skipped)
 
 
 def varied(batch: Episode | Numbers, phi: Tree, state: State) -> tuple[Episode | Numbers, Tree, State]:
@@ -130,20 +130,39 @@ def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradien
         return found, flags
     weighted = [t * found.weight.to(t.dtype) for t in found.tensors()]
     *sums, weight, skipped, flags = sum_over_processes([*weighted, found.weight, found.skipped, flags])
-    means = [s / weight.clamp_min(torch.finfo(weight.dtype).tiny) for s in sums]
+    means = [_divided(t, weight) for t in sums]
     return found.with_tensors(means)._replace(weight=weight, skipped=skipped), flags
 
 
-def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Chunks) -> MetaGradient:
-    parts = chunks.each("training", inner, lambda part: _run(rule, part, start))
-    mean, share = next(parts)
-    if share == 1:
-        return mean
-    mean = mean.with_tensors([t * share for t in mean.tensors()])  # counters are the same in all chunks
+def mean_over_parts(parts: Iterable[tuple[MetaGradient, float]]) -> MetaGradient:
+    """The mean over all tasks of what parts of them say, of which one alone is kept at a time.
+
+    Args:
+        parts: what the tasks of each say, and their share of all tasks.
+    """
+    total: MetaGradient | None = None
     for found, share in parts:
-        pairs = zip(mean.tensors(), found.tensors(), strict=True)
-        mean = mean.with_tensors([torch.add(t, more, alpha=share) for t, more in pairs])
-    return mean
+        if share == 1:
+            return found
+        weight = found.weight.double() * share
+        more = found.with_tensors([t * weight.to(t.dtype) for t in found.tensors()])._replace(weight=weight)
+        if total is None:  # counters are the same in all parts
+            total = more
+            continue
+        sums = [a + b for a, b in zip(total.tensors(), more.tensors(), strict=True)]
+        total = total.with_tensors(sums)._replace(weight=total.weight + weight, skipped=total.skipped + found.skipped)
+    assert total is not None  # there is a task
+    mean = total.with_tensors([_divided(t, total.weight) for t in total.tensors()])
+    return mean._replace(weight=total.weight.to(found.weight.dtype))
+
+
+def _divided(t: Tensor, weight: Tensor) -> Tensor:
+    """A sum over tasks by the sum of their weights; 0 where nothing counts."""
+    return t / weight.to(t.dtype).clamp_min(torch.finfo(t.dtype).tiny)
+
+
+def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Chunks) -> MetaGradient:
+    return mean_over_parts(chunks.each("training", inner, lambda part: _run(rule, part, start)))
 
 
 def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
@@ -152,11 +171,12 @@ def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
             gradient, trajectory = inner.traced(settings(rule), rule, start)
     else:
         gradient, trajectory = rule(inner, start)
-    ends = trajectory.losses[0], trajectory.losses[-1]  # [[0, -1]] would wait for the device
+    losses = trajectory.losses if inner.plan else inner.query_losses(trajectory.end).detach()[None]
+    ends = losses[0], losses[-1]  # [[0, -1]] would wait for the device
     return MetaGradient(
         tree.detach(gradient),
         inner.mean_state(trajectory.state),
         inner.task_mean(torch.stack(ends, 1)),
-        weight=torch.ones((), device=ends[0].device),
+        inner.weight.to(losses.dtype),
         skipped=torch.zeros((), device=ends[0].device),
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fomal.inner.loop import InnerLoop, Trajectory
 from fomal.inner.optimizer import InnerOptimizer
-from fomal.utils.checks import MANY, positive
+from fomal.utils.checks import MANY, countable
 from fomal.utils.tree import Tree
 
 
@@ -68,7 +68,12 @@ class OuterRule(ABC):
 
     def check(self, inner_steps: int, optimizer: InnerOptimizer) -> None:
         """Raise ValueError, naming argument and remedy, where the rule cannot work with these settings."""
-        positive(MANY, inner_steps=inner_steps)
+        countable(MANY, **{"model.train.steps": inner_steps})
+        if not inner_steps and not self.needs_query:
+            raise ValueError(
+                f"model.train.steps=0 leaves {type(self).__name__} nothing, which is made of the inner steps: use 1 or "
+                f"more, or a rule with a query set, e.g. QueryFOMAML."
+            )
         if self.tail_shots is not None and inner_steps < 2:
             raise ValueError(
                 f"model.train.steps={inner_steps} leaves no step before the separate tail: use 2 or more "

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-FIELDS = ("support_x", "support_y", "query_x", "query_y")
-NO_TARGET = torch.iinfo(torch.int64).min
-"""In place of a label: it counts neither in a loss nor in an accuracy. Torch's own, -100, may be a mistake."""
-KINDS = ("training", "validation", "test")
-"""The episodes of each of `fomal.tasks.sampler.SPLITS`, in messages."""
+from fomal.tasks.episode_checks import FIELDS, KINDS, NO_TARGET, check_episode
+from fomal.utils.pytree import Data, leaves, map_leaves, named
+
+__all__ = ["FIELDS", "KINDS", "NO_TARGET", "Episode", "Numbers", "refuse_others"]
 
 
 class Numbers(NamedTuple):
@@ -35,6 +35,9 @@ class Episode(NamedTuple):
     Classification has int64 labels in [0, ways), or `NO_TARGET`; regression has floating-point targets.
     Where each example has one label, a task lists its support examples class by class, equally many of each.
 
+    Inputs and targets are tensors or nested dicts of tensors, each in its dtype. Support and query sets of dicts may
+    have different names and shapes; of tensors they have the same.
+
     Attributes:
         support_x: (T, S, *input), the examples to adapt on.
         support_y: labels (T, S), or (T, S, *places) of which an example has many, or targets (T, S, *output).
@@ -44,16 +47,26 @@ class Episode(NamedTuple):
         ways: number of classes; 1 for regression.
         seed: the seed of that stream.
         split: the split's place in `fomal.tasks.sampler.SPLITS`.
+        support_size: (T,) int64, of tasks of unequal size how many of the S examples there are, from 1 to S: the first
+            ones, and what follows is padding. None: all.
+        query_size: likewise, of the Q query examples, from 0 to Q.
+        weight: (T,) floating point, not negative, how much each task counts in means over tasks. None: all the same.
+        task: tensors of the tasks themselves, (T, ...) each, which the network gets with every example, under the same
+            names, beside inputs that are dicts.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Data
+    support_y: Data
+    query_x: Data
+    query_y: Data
     number: Tensor
     ways: int = 1
     seed: int = 0
     split: int = 0
+    support_size: Tensor | None = None
+    query_size: Tensor | None = None
+    weight: Tensor | None = None
+    task: Mapping[str, Tensor] | None = None
 
     @classmethod
     def of_classes(cls, support: Tensor, query: Tensor, number: Tensor, seed: int, split: int) -> Episode:
@@ -64,43 +77,83 @@ class Episode(NamedTuple):
         return cls(support.flatten(1, 2), support_y, query.flatten(1, 2), query_y, number, ways, seed, split)
 
     @classmethod
+    def of_tasks(
+        cls, tasks: Sequence[Sequence[Data]], number: Tensor, ways: int = 1, seed: int = 0, split: int = 0
+    ) -> Episode:
+        """Tasks of unequal size, padded with zeros to the largest.
+
+        Args:
+            tasks: for each task support_x (S_t, *input), support_y (S_t, ...), query_x (Q_t, *input) and query_y.
+            number: (T,) int64, see `Episode`; also of the others.
+            ways: number of classes; 1 for regression.
+            seed: of the stream.
+            split: place of the split.
+
+        Raises:
+            ValueError: tensors of two tasks differ in more than the number of examples.
+        """
+        columns = dict(zip(FIELDS, zip(*tasks, strict=True), strict=True))
+        support_size, query_size = (
+            torch.tensor([len(leaves(part)[0]) for part in columns[name]]) for name in ("support_x", "query_x")
+        )
+        fields = {name: map_leaves(_padded, *column) for name, column in columns.items()}
+        whole = cls(**fields, number=number, ways=ways, seed=seed, split=split)
+        return whole._replace(support_size=support_size, query_size=query_size)
+
+    @classmethod
     def join(cls, episodes: Sequence[Episode]) -> Episode:
         """The tasks of several episodes as one; ways, seed and split are the first's."""
-        joined = {name: torch.cat([getattr(part, name) for part in episodes]) for name in (*FIELDS, "number")}
-        return episodes[0]._replace(**joined)  # type: ignore[arg-type]
+        first = episodes[0]
+        parts = [part._tensors() for part in episodes]
+        joined = {name: map_leaves(lambda *t: torch.cat(t), *(part[name] for part in parts)) for name in parts[0]}
+        return first._replace(**joined)
 
     @property
     def tasks(self) -> int:
         """Number of tasks T."""
-        return self.support_x.shape[0]
+        return len(self.number)
+
+    @property
+    def support_examples(self) -> int:
+        """Number of support examples S, with padding."""
+        return leaves(self.support_x)[0].shape[1]
+
+    @property
+    def query_examples(self) -> int:
+        """Number of query examples Q, with padding."""
+        return leaves(self.query_x)[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tasks are."""
+        return self.number.device
 
     @property
     def is_regression(self) -> bool:
         """Whether the targets are floating-point numbers."""
-        return self.support_y.is_floating_point()
+        return all(t.is_floating_point() for t in leaves(self.support_y))
 
     @property
     def blocks(self) -> int:
         """How many blocks of equally many examples a task lists its support in: its classes, where it is by class."""
-        return self.ways if self.support_y.ndim == 2 else 1
+        return self.ways if isinstance(self.support_y, Tensor) and self.support_y.ndim == 2 else 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Episode:
         """The same episode with every tensor on `device`."""
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def select(self, tasks: Tensor) -> Episode:
+    def select(self, tasks: Tensor | slice) -> Episode:
         """The tasks of the given places, an int64 index into the T tasks."""
         return self.map(lambda t: t[tasks])
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Episode:
         """Apply `fn` to every tensor."""
-        return self._replace(
-            support_x=fn(self.support_x),
-            support_y=fn(self.support_y),
-            query_x=fn(self.query_x),
-            query_y=fn(self.query_y),
-            number=fn(self.number),
-        )
+        return self._replace(**{name: map_leaves(fn, part) for name, part in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Data]:
+        """The fields that are of tensors."""
+        names = (*FIELDS, "number", "support_size", "query_size", "weight", "task")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def floating(self, dtype: torch.dtype) -> Episode:
         """Floating-point inputs, and targets of a regression, in `dtype`; integers, such as token ids, stay so."""
@@ -108,21 +161,57 @@ class Episode(NamedTuple):
         def cast(t: Tensor) -> Tensor:
             return t.to(dtype) if t.is_floating_point() else t
 
-        episode = self._replace(support_x=cast(self.support_x), query_x=cast(self.query_x))
-        return episode._replace(support_y=cast(self.support_y), query_y=cast(self.query_y))
+        parts = {name: part for name, part in self._tensors().items() if name in (*FIELDS, "task")}
+        return self._replace(**{name: map_leaves(cast, part) for name, part in parts.items()})
+
+    def by_size(self) -> list[tuple[Tensor | None, Episode]]:
+        """The tasks in groups of equal size, without padding, and each group's places; None: all, in their order.
+
+        Each task is then computed as it would be by itself, also by networks that look at several examples together,
+        as batch norm does.
+        """
+        if self.support_size is None and self.query_size is None:
+            return [(None, self)]
+        given = self.support_size, self.query_size
+        most = self.support_examples, self.query_examples
+        pairs = [t if t is not None else torch.full_like(self.number, n) for t, n in zip(given, most, strict=True)]
+        sizes, group = torch.unique(torch.stack(pairs, 1).cpu(), dim=0, return_inverse=True)
+        groups = []
+        for place, (support, query) in enumerate(sizes.tolist()):
+            places = (group == place).nonzero()[:, 0].to(self.device)
+            groups.append((places, self.select(places)._cut(support, query)))
+        return groups
+
+    def _cut(self, support: int, query: int) -> Episode:
+        """The first examples alone, as tasks of equal size."""
+        parts = {name: (getattr(self, name), support if name.startswith("support") else query) for name in FIELDS}
+        cut = {name: map_leaves(lambda t, size=size: t[:, :size], part) for name, (part, size) in parts.items()}
+        return self._replace(**cut, support_size=None, query_size=None)
+
+    def with_task_tensors(self) -> Episode:
+        """With the tensors of `task` among the inputs, expanded to each example, without using memory for it."""
+        if not self.task:
+            return self
+
+        def joined(x: Mapping[str, Data], examples: int) -> Data:
+            assert self.task is not None
+            own = {name: t[:, None].expand(-1, examples, *t.shape[1:]) for name, t in self.task.items()}
+            return {**x, **own}
+
+        support = joined(self.support_x, self.support_examples)
+        query = joined(self.query_x, self.query_examples)
+        return self._replace(support_x=support, query_x=query, task=None)
 
     def check(self) -> Episode:
         """Refuse fields that do not fit together, or are no labels; return self.
 
-        The values of labels are looked at on the CPU alone: other devices would have to be waited for, and torch ends
-        a process there at a wrong label, if with less to say.
+        Values, of labels and sizes, are looked at on the CPU alone: other devices would have to be waited for, and
+        torch ends a process there at a wrong label, if with less to say.
 
         Raises:
             ValueError: naming field, value and remedy.
         """
-        self._check_types()
-        self._check_shapes()
-        self._check_targets()
+        check_episode(self)
         return self
 
     def refuse_nonfinite(self) -> None:
@@ -132,103 +221,25 @@ class Episode(NamedTuple):
 
     def nonfinite(self) -> str:
         """The first field with values that are infinite or NaN, and the episodes: "support_x of test episode 3, 7"."""
-        for name in FIELDS:
-            t = getattr(self, name)
-            if t.is_floating_point() and not t.sum().isfinite():  # quickly, for most
-                bad = ~t.isfinite().flatten(1).all(1)
-                if bad.any():
-                    numbers = ", ".join(map(str, self.number[bad].tolist()))
-                    return f"{name} of {KINDS[self.split]} episode {numbers}"
+        parts = {name: part for name, part in self._tensors().items() if name in (*FIELDS, "task")}
+        for _, group in self.by_size():
+            for name, t in named({name: getattr(group, name) for name in parts}, ""):
+                if t.is_floating_point() and not t.sum().isfinite():  # quickly, for most
+                    bad = ~t.isfinite().flatten(1).all(1)
+                    if bad.any():
+                        numbers = ", ".join(map(str, group.number[bad].tolist()))
+                        return f"{name[1:]} of {KINDS[self.split]} episode {numbers}"
         return ""
 
-    def _check_types(self) -> None:
-        for name in (*FIELDS, "number"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"Episode.{name} is a {type(value).__name__}: give a tensor, by torch.as_tensor or torch.stack."
-                )
-        for name in ("ways", "seed", "split"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(
-                    f"Episode.{name} is a {type(value).__name__}: give an integer; a DataLoader of episodes needs "
-                    f"batch_size=None, since each is a whole meta-batch."
-                )
-        if not 0 <= self.split < len(KINDS):
-            raise ValueError(f"Episode.split={self.split} must be 0 (train), 1 (val) or 2 (test).")
 
-    def _check_shapes(self) -> None:
-        tasks = self.support_x.shape[0] if self.support_x.ndim else 0
-        for name in (*FIELDS, "number"):
-            value = getattr(self, name)
-            if value.ndim < 1 or value.shape[0] != tasks:
-                raise ValueError(
-                    f"Episode.{name} has shape {tuple(value.shape)}, but support_x has {tasks} tasks: "
-                    f"put the task axis first, of the same length in every field."
-                )
-        if not tasks:
-            raise ValueError("Episode.support_x has no tasks: give one at least.")
-        for part in ("support", "query"):
-            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
-            if x.ndim < 2 or y.ndim < 2 or x.shape[1] != y.shape[1]:
-                raise ValueError(
-                    f"Episode.{part}_x has shape {tuple(x.shape)} and {part}_y {tuple(y.shape)}: "
-                    f"they need (tasks, examples, ...) with the same number of examples."
-                )
-        if not self.support_x.shape[1]:
-            raise ValueError("Episode.support_x has no examples: a task needs one at least to adapt on.")
-        if self.support_x.shape[2:] != self.query_x.shape[2:] or self.support_x.dtype != self.query_x.dtype:
-            raise ValueError(
-                f"Episode.query_x has input shape {tuple(self.query_x.shape[2:])} and {self.query_x.dtype}, support_x "
-                f"has {tuple(self.support_x.shape[2:])} and {self.support_x.dtype}: support and query need the same "
-                f"input shape and dtype."
-            )
-        if self.number.ndim != 1 or self.number.dtype != torch.int64:
-            raise ValueError(
-                f"Episode.number has shape {tuple(self.number.shape)} and {self.number.dtype}: give (tasks,) int64."
-            )
-
-    def _check_targets(self) -> None:
-        if self.support_y.dtype != self.query_y.dtype:
-            raise ValueError(
-                f"Episode.query_y is {self.query_y.dtype}, support_y is {self.support_y.dtype}: "
-                f"use int64 labels in both, or floating-point targets in both."
-            )
-        if self.support_y.shape[2:] != self.query_y.shape[2:]:
-            raise ValueError(
-                f"Episode.query_y has shape {tuple(self.query_y.shape[2:])} per example, support_y has "
-                f"{tuple(self.support_y.shape[2:])}: support and query need the same target shape."
-            )
-        if self.is_regression:
-            if self.ways != 1:
-                raise ValueError(
-                    f"Episode.support_y is {self.support_y.dtype}, as for a regression, but ways={self.ways}: give "
-                    f"int64 labels (y.long()), or ways=1 for targets."
-                )
-            return
-        for name in ("support_y", "query_y"):
-            self._check_labels(name, getattr(self, name))
-
-    def _check_labels(self, name: str, y: Tensor) -> None:
-        if y.dtype != torch.int64:
-            raise ValueError(f"Episode.{name} is {y.dtype}: give int64 labels, by y.long(), or targets, by y.float().")
-        if self.ways < 2:
-            raise ValueError(
-                f"Episode.ways={self.ways} with the labels of a classification: give the number of classes, at least 2."
-            )
-        if y.device.type != "cpu" or not y.numel():
-            return
-        low, high = (int(value) for value in y.aminmax())
-        if low == NO_TARGET:
-            low = int(y.where(y != NO_TARGET, 0).min())
-        if low < 0 or high >= self.ways:
-            value = low if low < 0 else high
-            episode = self.number[(y == value).flatten(1).any(1)][0].item()
-            raise ValueError(
-                f"Episode.{name} has the label {value} in {KINDS[self.split]} episode {episode}, but ways={self.ways}: "
-                f"labels are 0 to {self.ways - 1}; of those from 1 take one off; NO_TARGET leaves one out."
-            )
+def _padded(*parts: Tensor) -> Tensor:
+    """Tensors (n_t, ...) of each task as one, (T, n, ...), with zeros at the end."""
+    forms = {(t.shape[1:], t.dtype) for t in parts}
+    if len(forms) > 1:
+        found = " and ".join(f"{tuple(shape)} of {dtype}" for shape, dtype in forms)
+        raise ValueError(f"tasks have examples of shape {found}: give all the same.")
+    longest = max(map(len, parts))
+    return torch.stack([F.pad(t, [0, 0] * (t.ndim - 1) + [0, longest - len(t)]) for t in parts])
 
 
 def refuse_others(batch: object) -> None:

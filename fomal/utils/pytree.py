@@ -74,6 +74,15 @@ def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else flatten(value)[0]
 
 
+def named(value: Data, name: str) -> Iterator[tuple[str, Any]]:
+    """The tensors of nested dicts, and whatever stands in their place, each with its name, e.g. `x.tokens`."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from named(part, f"{name}.{key}")
+
+
 def map_leaves(fn: Callable[..., Any], value: Any, *others: Any) -> Any:
     """`fn` of each tensor, with those in the same places of `others`, which are built alike (dicts in any order)."""
     if isinstance(value, Tensor):

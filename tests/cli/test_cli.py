@@ -249,7 +249,10 @@ def test_a_missing_config_is_not_taken_for_a_file(fails) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.train.steps=0"], "model.train.steps=0 must be at least 1."),
+        (
+            ["--model.train.steps=0"],
+            "model.train.steps=0 leaves Reptile nothing, which is made of the inner steps: use 1 or more",
+        ),
         (["--data.shots=-1"], "shots=-1 must be at least 1."),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1 leaves the linear outer schedule without an end"),
     ],

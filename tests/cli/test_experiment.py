@@ -188,7 +188,7 @@ def test_the_error_of_a_failed_run_is_its_last_line(
     with pytest.raises(SystemExit, match="1"):
         main(["experiment", write(settings={"model": {"train": {"steps": 0}}})])
     out = capsys.readouterr().out
-    assert "[1/2] reptile, seed 0 failed: model.train.steps=0 must be at least 1." in out
+    assert "[1/2] reptile, seed 0 failed: model.train.steps=0 leaves Reptile nothing" in out
     assert "2 results" not in out  # nothing to draw
 
 

@@ -127,7 +127,7 @@ def test_maml_tends_to_fomaml_linearly_as_the_inner_step_size_goes_to_zero(make_
 @pytest.mark.parametrize(
     ("rule", "steps", "optimizer", "message"),
     [
-        (Reptile(), 0, SGD(), "inner_steps=0 must be at least 1"),
+        (Reptile(), 0, SGD(), "model.train.steps=0 leaves Reptile nothing"),
         (StepCombination([1, 1]), 3, SGD(), "weights has 2 entries, but model.train.steps=3"),
         (FOMAML(tail_shots=1), 1, SGD(), "model.train.steps=1 leaves no step before the separate tail"),
         (MAML(), 3, Adam(), "MAML differentiates through Adam.*use inner SGD, or set eps_root above 0"),

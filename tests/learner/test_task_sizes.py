@@ -1,0 +1,173 @@
+"""Tasks of unequal size and weight: each is computed as it is by itself, and the means are weighted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fomal.inner import SGD, Adam
+from fomal.models import MLP, BatchNorm
+from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
+from fomal.outer.meta_gradient import mean_over_processes
+from fomal.tasks.datamodule import EpisodeDataModule, split_index
+from fomal.tasks.episode import Episode
+from fomal.utils.pytree import leaves
+from tests.helpers.learners import StopAfter, assert_same, sine_learner, trainer, weights
+from tests.helpers.processes import Group
+
+RULES = [Reptile(), FOMAML(), StepCombination([1, 0.5, 2]), QueryFOMAML(), MAML(), TruncatedMAML(1), BinomialMAML(1)]
+SIZES = [(7, 3), (4, 5), (7, 3), (9, 2)]
+WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+
+
+def parts(number: int) -> tuple[Tensor, ...]:
+    """A task's support and query set, a function of its number."""
+    generator = torch.Generator().manual_seed(number)
+    found = []
+    for n in SIZES[number % len(SIZES)]:
+        x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        found += [x, (x.sum(1, keepdim=True) * (1 + number)).sin()]
+    return tuple(found)
+
+
+def padded(numbers: list[int], weighted: bool = True) -> Episode:
+    """With NaN in place of what is not there, which would show in any sum."""
+    episode = Episode.of_tasks([parts(number) for number in numbers], torch.tensor(numbers))
+    for sets, size in (("support", episode.support_size), ("query", episode.query_size)):
+        assert size is not None
+        for name in (f"{sets}_x", f"{sets}_y"):
+            t = getattr(episode, name)
+            t[torch.arange(t.shape[1]) >= size[:, None]] = torch.nan
+    return episode._replace(weight=WEIGHTS[torch.tensor(numbers) % 4]) if weighted else episode
+
+
+def alone(number: int) -> Episode:
+    return Episode(*(part[None] for part in parts(number)), number=torch.tensor([number]))
+
+
+class Ragged(EpisodeDataModule):
+    """The tasks of `parts`; their weights where `weighted`."""
+
+    def __init__(self, weighted: bool = True, **settings: Any) -> None:
+        super().__init__(meta_batch_size=4, train_query_shots=1, val_tasks=4, test_tasks=6, **settings)
+        self.weighted = weighted
+
+    def episodes(self, split: str, number: Tensor) -> Episode:
+        return padded(number.tolist(), self.weighted)._replace(seed=self.seed, split=split_index(split))
+
+
+def network(kind: str) -> nn.Module:
+    layers = {"norm": [nn.Linear(2, 8), BatchNorm(8), nn.Tanh(), nn.Linear(8, 1)]}
+    return nn.Sequential(*layers[kind]) if kind in layers else MLP(2, 1, hidden=[8])
+
+
+def learner(rule: Any, kind: str, inner: Any = None, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return sine_learner(
+        rule, inner or SGD(0.05), network(kind), train={"steps": 3, "batch_size": 3}, **settings
+    ).double()
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_padded_task_says_what_it_says_alone(rule: Any, kind: str, chunk: int | None) -> None:
+    made = learner(rule, kind, execution={"tasks_per_chunk": chunk})
+    phi, state = made.initialisation(), made.begun_state()
+    found = made.gradient_of(padded([0, 1, 2, 3]).check(), phi, state)
+    each = [made.gradient_of(alone(number), phi, state) for number in range(4)]
+    share = WEIGHTS / WEIGHTS.sum()
+    for name, g in found.gradient.items():
+        expected = sum(w * one.gradient[name] for w, one in zip(share, each, strict=True))
+        torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.losses, sum(w * one.losses for w, one in zip(share, each, strict=True)))
+    assert float(found.weight) == pytest.approx(WEIGHTS.mean())
+
+
+def test_weights_count_in_the_carried_state() -> None:
+    made = learner(Reptile(), "mlp", Adam(0.01))
+    phi, state = made.initialisation(), made.begun_state()
+    found = made.gradient_of(padded([0, 1, 2, 3]), phi, state).state["second_moment"]
+    each = [made.gradient_of(alone(number), phi, state).state["second_moment"] for number in range(4)]
+    for name, moment in found.items():
+        expected = sum(w * one[name] for w, one in zip(WEIGHTS / WEIGHTS.sum(), each, strict=True))
+        torch.testing.assert_close(moment, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_weight_of_zero_is_a_task_that_is_not_there() -> None:
+    made = learner(MAML(), "mlp")
+    phi, state = made.initialisation(), made.begun_state()
+    episode = padded([0, 1])._replace(weight=torch.tensor([0.0, 0.7], dtype=torch.float64))
+    found, expected = made.gradient_of(episode, phi, state), made.gradient_of(alone(1), phi, state)
+    for name, g in found.gradient.items():
+        torch.testing.assert_close(g, expected.gradient[name])
+    nothing = made.gradient_of(episode._replace(weight=torch.zeros(2)), phi, state)
+    assert all(not g.any() for g in nothing.gradient.values())
+
+
+def shares_of(rank: int, path: str) -> None:
+    """This process's part of the meta-batch, averaged with the other's."""
+    torch.distributed.init_process_group("gloo")
+    made = learner(QueryFOMAML(), "norm")
+    phi, state = made.initialisation(), made.begun_state()
+    found = made.gradient_of(padded([[0, 1], [2, 3]][torch.distributed.get_rank()]), phi, state)
+    mean, _ = mean_over_processes(found, torch.zeros(1))
+    if torch.distributed.get_rank() == 0:
+        torch.save(mean.gradient, path)
+    torch.distributed.destroy_process_group()
+
+
+def test_weights_count_over_processes(tmp_path: Path) -> None:
+    made = learner(QueryFOMAML(), "norm")
+    phi, state = made.initialisation(), made.begun_state()
+    expected = made.gradient_of(padded([0, 1, 2, 3]), phi, state).gradient
+    group = Group(2, shares_of, 0, str(tmp_path / "mean.pt"), out=tmp_path)
+    group.wait()
+    for name, g in torch.load(tmp_path / "mean.pt").items():
+        torch.testing.assert_close(g, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_on_tasks_of_unequal_size_resumes(tmp_path: Path) -> None:
+    straight, begun, resumed = (learner(Reptile(), "norm") for _ in range(3))
+    trainer(6, precision="64-true").fit(straight, datamodule=Ragged())
+    run = trainer(6, precision="64-true", callbacks=[StopAfter(3)])
+    run.fit(begun, datamodule=Ragged())
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    trainer(6, precision="64-true").fit(resumed, datamodule=Ragged(), ckpt_path=tmp_path / "three.ckpt")
+    assert_same(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"support_size": torch.tensor([1, 8])}, r"support_size=\[1, 8\] must be from 1 to 7"),
+        ({"support_size": torch.tensor([0, 7])}, r"support_size=\[0, 7\] must be from 1 to 7"),
+        (
+            {"query_size": torch.tensor([3.0, 1.0])},
+            r"query_size has shape \(2,\) and torch.float32: give a tensor \(2,\)",
+        ),
+        ({"weight": torch.tensor([1.0])}, r"weight has shape \(1,\) and torch.float32: give a tensor \(2,\)"),
+        ({"weight": torch.tensor([1.0, -1.0])}, r"weight=\[1.0, -1.0\] must be finite and not negative"),
+        ({"weight": torch.tensor([1, 2])}, "weight has shape .* give a tensor .* of torch.float32"),
+        ({"task": {"a": torch.zeros(2)}}, "task goes to the network beside inputs that are dicts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Episode.{message}"):
+        padded([0, 1])._replace(**changes).check()
+
+
+def test_labels_in_the_padding_are_none() -> None:
+    y = torch.tensor([[0, 1, -7], [1, 0, 1]])
+    x = torch.zeros(2, 3, 4)
+    whole = Episode(x, y, x, y, torch.arange(2), 2, support_size=torch.tensor([2, 3]), query_size=torch.tensor([2, 3]))
+    assert whole.check() is whole
+    with pytest.raises(ValueError, match="label -7"):
+        whole._replace(query_size=None).check()
+    (_, small), (places, large) = whole.by_size()
+    assert (small.support_examples, large.query_examples, places.tolist()) == (2, 3, [1])
+    assert all(t.shape[1] == 2 for t in leaves(small.support_x))
