@@ -26,6 +26,7 @@ from fomal.tasks.episode import NO_TARGET, Episode
 from fomal.utils.files import dispensable, write_csv, write_text
 from fomal.utils.output import rank_zero_info
 from fomal.utils.processes import gather
+from fomal.utils.pytree import named
 from fomal.utils.terminal import PlainConsole
 
 
@@ -177,7 +178,7 @@ class PredictionsFile(Callback):
         if isinstance(pl_module, Replicas):
             each = {replica_folder(place): outputs[place] for place, _ in pl_module.running()}
         for folder, own in each.items():
-            self._rows[folder] += _classification_rows(own) if "logits" in own else _regression_rows(own)
+            self._rows[folder] += _rows(own)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file, or files."""
@@ -192,6 +193,32 @@ class PredictionsFile(Callback):
     def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
         write_csv(path, list(rows[0]), rows, keep=True)
         rank_zero_info(f"Predictions are in {path}.")
+
+
+def _rows(outputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a batch, of the queries that there are."""
+    if "logits" in outputs:
+        rows = _classification_rows(outputs)
+    elif isinstance(outputs["predictions"], Tensor) and isinstance(outputs["query_y"], Tensor):
+        rows = _regression_rows(outputs)
+    else:
+        rows = _rows_by_name(outputs)
+    if "query_size" not in outputs:
+        return rows
+    size = dict(zip(outputs["number"].tolist(), outputs["query_size"].tolist(), strict=True))
+    return [row for row in rows if row["query"] < size[row["episode"]]]
+
+
+def _rows_by_name(outputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """As `_regression_rows` of each of several outputs, whose names are before the number of the output."""
+    targets, rows = dict(named(outputs["query_y"], "")), []
+    for name, prediction in named(outputs["predictions"], ""):
+        target = targets.get(name)
+        if target is None or target.numel() != prediction.numel():  # of something else
+            target = torch.full_like(prediction, torch.nan)
+        own = _regression_rows(outputs | {"query_y": target, "predictions": prediction})
+        rows += [row | {"output": f"{name.removeprefix('.')}.{row['output']}"} for row in own]
+    return rows
 
 
 def _classification_rows(outputs: dict[str, Tensor]) -> list[dict[str, Any]]:

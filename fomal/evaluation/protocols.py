@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fomal.engine.chunking import Chunks
@@ -145,6 +146,27 @@ def evaluate(
         return results[0]
     joined: Result = map_leaves(lambda *parts: torch.cat(parts), *results)
     return joined
+
+
+def in_order(results: Sequence[Result], places: Sequence[Tensor | None]) -> Result:
+    """The results of groups of tasks as one; 0 is predicted for queries that smaller tasks do not have.
+
+    Args:
+        results: of each group, with the same figures.
+        places: of each group's tasks; None: there is one group alone.
+    """
+    first, index = results[0], [place for place in places if place is not None]
+    if not index:
+        return first
+    order = torch.cat(index).argsort()
+
+    def joined(*parts: Tensor) -> Tensor:
+        longest = max(t.shape[1] if t.ndim > 1 else 0 for t in parts)
+        whole = [F.pad(t, [0, 0] * (t.ndim - 2) + [0, longest - t.shape[1]]) if t.ndim > 1 else t for t in parts]
+        return torch.cat(whole)[order]
+
+    found: Result = map_leaves(joined, *results)
+    return found
 
 
 @torch.no_grad()

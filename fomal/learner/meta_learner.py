@@ -22,7 +22,7 @@ from fomal.engine.tracing import Tracer
 from fomal.evaluation.figures import Quantity, reported
 from fomal.evaluation.means import TaskMean
 from fomal.evaluation.metrics import Metric, check_metrics
-from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate, metrics_of
+from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate, in_order, metrics_of
 from fomal.evaluation.tally import Tally
 from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
@@ -451,6 +451,11 @@ class MetaLearner(RefusesMoved, L.LightningModule):
             episode.refuse_nonfinite()
         if not episode.query_examples:
             raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
+        groups = episode.by_size()
+        return in_order([self._evaluate(group) for _, group in groups], [places for places, _ in groups])
+
+    def _evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
+        """Evaluate tasks of one size."""
         inner, schedule = self.inner_loop(episode, training=False), self.eval_schedule
         report = schedule.report_steps if isinstance(schedule, EvalSchedule) else None
         return evaluate(inner, self.initialisation(), self.chunks, self.metrics_for(episode.query_y), report)
@@ -459,16 +464,17 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         """Evaluate a batch of tasks."""
         if self._tally is None:
             self._tally = Tally(self.device)
-        self._tally.add(batch.number, self.evaluate(batch), self.metrics_for(batch.query_y))
+        self._tally.add(batch.number, self.evaluate(batch), self.metrics_for(batch.query_y), batch.weight)
 
     def test_step(self, batch: Episode, batch_idx: int) -> None:
         """Evaluate a batch of tasks."""
         self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Any]:
-        """The predictions for a batch of tasks, with their episode numbers and true targets."""
+        """The predictions for a batch of tasks, with episode numbers, true targets and, where they differ, sizes."""
         result = self.evaluate(batch)
-        return {"number": batch.number, "query_y": batch.query_y, **result._asdict()}
+        sizes = {} if batch.query_size is None else {"query_size": batch.query_size}
+        return {"number": batch.number, "query_y": batch.query_y, **sizes, **result._asdict()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
@@ -493,6 +499,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         Raises:
             ValueError: a metric does not fit, in its words.
         """
+        (_, episode), *_ = episode.by_size()
         inner, metrics = self.inner_loop(episode, training=False).sample(0), self.metrics_for(episode.query_y)
         with torch.random.fork_rng(devices=[]):
             result = evaluate(inner, self.initialisation(), Chunks(1), metrics)

@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fomal.callbacks import PredictionsFile
 from fomal.inner import SGD, Adam
+from fomal.inner.loss import Loss
 from fomal.models import MLP, BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.outer.meta_gradient import mean_over_processes
 from fomal.tasks.datamodule import EpisodeDataModule, split_index
 from fomal.tasks.episode import Episode
 from fomal.utils.pytree import leaves
+from fomal.utils.tree import Tree
 from tests.helpers.learners import StopAfter, assert_same, sine_learner, trainer, weights
 from tests.helpers.processes import Group
 
 RULES = [Reptile(), FOMAML(), StepCombination([1, 0.5, 2]), QueryFOMAML(), MAML(), TruncatedMAML(1), BinomialMAML(1)]
+ORDERS = [QueryFOMAML(), MAML(), TruncatedMAML(0), BinomialMAML(0)]
 SIZES = [(7, 3), (4, 5), (7, 3), (9, 2)]
 WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
 
@@ -67,9 +71,8 @@ def network(kind: str) -> nn.Module:
 
 def learner(rule: Any, kind: str, inner: Any = None, **settings: Any) -> Any:
     torch.manual_seed(0)
-    return sine_learner(
-        rule, inner or SGD(0.05), network(kind), train={"steps": 3, "batch_size": 3}, **settings
-    ).double()
+    settings = {"train": {"steps": 3, "batch_size": 3}} | settings
+    return sine_learner(rule, inner or SGD(0.05), network(kind), **settings).double()
 
 
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
@@ -139,6 +142,118 @@ def test_a_run_on_tasks_of_unequal_size_resumes(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "three.ckpt")
     trainer(6, precision="64-true").fit(resumed, datamodule=Ragged(), ckpt_path=tmp_path / "three.ckpt")
     assert_same(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_an_evaluation_of_padded_tasks_is_that_of_each_alone(chunk: int | None) -> None:
+    made = learner(Reptile(), "norm", execution={"tasks_per_chunk": chunk})
+    found = made.evaluate(padded([0, 1, 2, 3, 5]))
+    assert found.predictions.shape == (5, 5, 1)
+    for place, number in enumerate([0, 1, 2, 3, 5]):
+        expected = made.evaluate(alone(number))
+        torch.testing.assert_close(found.losses[place], expected.losses[0])
+        torch.testing.assert_close(found.distance[place], expected.distance[0])
+        there = expected.predictions.shape[1]
+        torch.testing.assert_close(found.predictions[place, :there], expected.predictions[0])
+        assert not found.predictions[place, there:].any()
+
+
+def test_the_figures_of_a_test_are_weighted_and_its_rows_are_of_what_there_is(tmp_path: Path) -> None:
+    made = learner(Reptile(), "norm")
+    run = trainer(1, precision="64-true", default_root_dir=tmp_path, callbacks=[PredictionsFile()])
+    run.test(made, datamodule=Ragged(), verbose=False)
+    losses = torch.stack([made.evaluate(alone(number)._replace(split=2)).losses[0, -1] for number in range(6)])
+    weight = WEIGHTS[torch.arange(6) % 4]
+    assert made.results["metrics"]["test/loss"] == pytest.approx(float((losses * weight).sum() / weight.sum()))
+    run.predict(made, datamodule=Ragged())
+    rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert len(rows) - 1 == sum(SIZES[number % 4][1] for number in range(6))
+    assert "nan" not in "".join(rows)
+
+
+@pytest.mark.parametrize(
+    "rule", [QueryFOMAML(), MAML(), TruncatedMAML(0), BinomialMAML(0)], ids=lambda r: type(r).__name__
+)
+def test_without_inner_steps_a_rule_with_queries_learns_jointly(rule: Any) -> None:
+    """The outer gradient is that of the mean query loss at the initialisation."""
+    made = learner(rule, "mlp", train={"steps": 0})
+    phi = made.initialisation()
+    found = made.gradient_of(padded([0, 1, 2, 3], weighted=False), phi, made.begun_state())
+
+    def mean_loss(params: Tree) -> Tensor:
+        losses = []
+        for number in range(4):
+            _, _, x, y = parts(number)
+            losses.append((torch.func.functional_call(made.network, params, x) - y).square().mean())
+        return torch.stack(losses).mean()
+
+    gradient, loss = torch.func.grad_and_value(mean_loss)(phi)
+    for name, g in gradient.items():
+        torch.testing.assert_close(found.gradient[name], g)
+    torch.testing.assert_close(found.losses, loss.expand(2))
+
+
+class OfADict(nn.Module):
+    """Sees examples, whose tensors have names, and the task's own tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP(3, 1, hidden=[8])
+
+    def forward(self, x: dict[str, Any]) -> dict[str, Tensor]:
+        features = torch.cat([x["place"]["left"], x["place"]["right"], x["scale"]], -1)
+        return {"value": self.inner(features)}
+
+
+class NamedError(Loss):
+    def __call__(self, forward: Any, x: Any, y: Any) -> Tensor:
+        return (forward(x)["value"] - y["value"]).square().flatten(1).mean(1)
+
+
+class Named(Ragged):
+    """The same tasks with inputs and targets by name; the query set has what nobody looks at, too."""
+
+    def episodes(self, split: str, number: Tensor) -> Episode:
+        episode = super().episodes(split, number)
+        support, query = (
+            {"place": {"left": x[..., :1], "right": x[..., 1:]}} for x in (episode.support_x, episode.query_x)
+        )
+        query["place"]["more"] = torch.zeros(*episode.query_y.shape[:2], 2, dtype=torch.int64)
+        support_y, query_y = ({"value": y} for y in (episode.support_y, episode.query_y))
+        task = {"scale": number[:, None].double()}
+        return episode._replace(support_x=support, query_x=query, support_y=support_y, query_y=query_y, task=task)
+
+
+class Joined(Ragged):
+    """The same tasks in one tensor."""
+
+    def episodes(self, split: str, number: Tensor) -> Episode:
+        episode = super().episodes(split, number)
+        x, q = (
+            torch.cat([x, number[:, None, None].double().expand(*x.shape[:2], 1)], -1)
+            for x in (episode.support_x, episode.query_x)
+        )
+        return episode._replace(support_x=x, query_x=q)
+
+
+def test_tensors_by_name_and_of_the_task_are_as_one_tensor(tmp_path: Path) -> None:
+    found = []
+    for data, network, loss in ((Named(), OfADict(), NamedError()), (Joined(), MLP(3, 1, hidden=[8]), None)):
+        torch.manual_seed(0)
+        for p in network.parameters():
+            nn.init.normal_(p, std=0.3)
+        made = sine_learner(MAML(), SGD(0.02), network, loss=loss, train={"steps": 2, "batch_size": 3}).double()
+        run = trainer(3, precision="64-true", default_root_dir=tmp_path, callbacks=[PredictionsFile()])
+        run.fit(made, datamodule=data)
+        run.test(made, datamodule=data, verbose=False)
+        if loss is not None:
+            run.predict(made, datamodule=data)
+        found.append((list(weights(made).values()), made.results["metrics"]))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[0][1] == pytest.approx(found[1][1])
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[1].split(",")[:3] == ["0", "0", "value.0"]
 
 
 @pytest.mark.parametrize(
