@@ -294,7 +294,7 @@ def _check(learners: Sequence[MetaLearner]) -> None:
         wrong = [name for name in SAME if getattr(first, name) != getattr(other, name)]
         wrong += [] if settings(first.rule) == settings(other.rule) else ["rule"]
         wrong += [] if first.objective.losses_used() == other.objective.losses_used() else ["loss"]
-        wrong += [] if _metrics(first) == _metrics(other) else ["metrics"]
+        wrong += [] if _metrics(first) == _metrics(other) else ["list of metrics"]
         wrong += [] if _but_lr(first) == _but_lr(other) else ["inner_optimizer"]
         wrong += [] if _architecture(first.network) == _architecture(other.network) else ["network"]
         wrong += [] if _same_buffers(first.network, other.network) else ["network's buffers"]

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from fomal.callbacks import ExitOnSigterm, SaveLast
 from fomal.cli import main
 from fomal.data import SinusoidDataModule
+from fomal.evaluation import Accuracy, MacroF1, QueryLoss
 from fomal.inner import SGD, Adam
 from fomal.learner.preflight import check_trainer
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
@@ -39,6 +40,9 @@ RULES = {
     "truncated MAML": (TruncatedMAML(2), SGD(0.02)),
     "binomial MAML": (BinomialMAML(2), SGD(0.02)),
 }
+
+
+MEASURED = {"metrics": [MacroF1(), Accuracy(), QueryLoss()], "eval": {"report_steps": [0, 2]}}
 
 
 class CountCollectives(Callback):
@@ -71,7 +75,8 @@ def train(rule: str, precision: str, devices: int, count: Callback | None = None
     data = Blobs(train_query_shots=2, meta_batch_size=8, val_tasks=7, test_tasks=7, eval_tasks_per_batch=3)
     outer, inner = RULES[rule]
     # Small steps, since four large ones magnify rounding; and no outer Adam, which divides it by roots near zero.
-    learner = blob_learner(outer, inner, outer={"optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5)})
+    step = {"outer": {"optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5)}}
+    learner = blob_learner(outer, inner, **step, **(MEASURED if rule == "query FOMAML" else {}))
     callbacks = [SaveLast(every_n_meta_iterations=1000), *([count] if count else [])]
     strategy = "ddp" if devices > 1 else "auto"
     settings = {"devices": devices, "strategy": strategy, "precision": precision, "val_check_interval": 2}
@@ -81,6 +86,9 @@ def train(rule: str, precision: str, devices: int, count: Callback | None = None
     results = {"val": dict(learner.results["metrics"]), "logged": dict(run.logged_metrics)}
     run.test(learner, datamodule=data, verbose=False)
     results["test"] = dict(learner.results["metrics"])
+    results["by_step"] = {name: value for name, value in learner.results.items() if "_by_step" in name}
+    run.test(learner, datamodule=Blobs(test_tasks=2), verbose=False)  # of four processes two have none
+    results["few"] = dict(learner.results["metrics"])
     return {"weights": weights(learner), "carried": learner.carried, "results": results}
 
 
@@ -126,6 +134,7 @@ def close(a: Any, b: Any, tolerance: float) -> None:
 def test_weights_state_and_figures_do_not_depend_on_the_number_of_processes(rule: str, world: int, trained) -> None:
     expected = trained[1, 0][0][rule, "64-true"]
     assert expected["results"]["test"].keys() >= {"test/accuracy", "test/accuracy_transductive", "test/distance"}
+    assert ("macro_f1_transductive_by_step" in expected["results"]["by_step"]) == (rule == "query FOMAML")
     for rank in range(world):
         close(trained[world, rank][0][rule, "64-true"], expected, 1e-12)
 
