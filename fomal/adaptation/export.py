@@ -26,7 +26,7 @@ _TOLERANCE = 1e-4  # on probabilities; the runtimes sum in other orders
 
 
 class Exported(nn.Module):
-    """What is exported: images (B, C, H, W) uint8 of the model's size to probabilities (B, N) float32.
+    """The module that is exported: images (B, C, H, W) uint8 of the model's size to probabilities (B, N) float32.
 
     Where an image's answer depends on the others in the batch, by batch norm say, it is seen together with the support
     set, which is a part of the module; B is 1 then, and the file refuses more. `transductive` leaves the support set
@@ -48,7 +48,7 @@ class Exported(nn.Module):
 
     @torch.no_grad()
     def _looks_at_batch(self) -> bool:
-        """Whether the network answers differently for a half of the support set than for all of it."""
+        """Tell whether the network answers differently for a half of the support set than for all of it."""
         half = self.support[: (len(self.support) + 1) // 2]
         all_of_it, alone = (self.network(x)[: len(half)].double() for x in (self.support, half))
         return not torch.allclose(all_of_it, alone, rtol=1e-3, atol=1e-3 * float(all_of_it.abs().max()))

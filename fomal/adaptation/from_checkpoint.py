@@ -124,7 +124,7 @@ def _refuse_other_losses(learner: MetaLearner, y: Tensor) -> None:
 
 
 def image_format_of(checkpoint: str | Path, trust: Collection[str] | None = None) -> ImageFormat:
-    """How image files become the inputs of a checkpoint's network.
+    """The format in which image files become the inputs of a checkpoint's network.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

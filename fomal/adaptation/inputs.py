@@ -71,7 +71,7 @@ def _named(images: ImageLike | Iterable[ImageLike]) -> Iterator[tuple[str, Any]]
 
 
 def _is_one(images: object) -> bool:
-    """Whether an array or a tensor is a single image rather than many."""
+    """Tell whether an array or a tensor is a single image rather than many."""
     if not isinstance(images, np.ndarray | Tensor):
         return False
     if images.ndim not in (2, 3, 4):

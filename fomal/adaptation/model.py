@@ -38,7 +38,7 @@ _TOGETHER = 256  # images in a forward pass, where each to be predicted brings t
 
 
 class Predictions(NamedTuple):
-    """What a model says of Q images.
+    """A model's predictions for Q images.
 
     Attributes:
         labels: the most probable class of each.
@@ -125,7 +125,7 @@ class Adapted:
         return x.to(next(self.network.parameters()).dtype)
 
     def _settled(self, support: Tensor) -> Objective:
-        """Whether images can be vectorised over is found out once."""
+        """Tell whether images can be vectorised over is found out once."""
         if self._objective is None or self._objective.network is not self.network:
             self._objective = Objective(self.network)
         if not self._objective.is_settled(second_order=False):

@@ -27,7 +27,7 @@ DECADES = 2
 
 @dataclass(frozen=True)
 class Report:
-    """What `analyze` found.
+    """The findings of `analyze`.
 
     Attributes:
         terms: AvgGrad, AvgGradInner and the rules' coefficients at the inner step size asked for.

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What an outer gradient has of AvgGrad and of -alpha AvgGradInner.
+    """The shares of AvgGrad and of -alpha AvgGradInner in an outer gradient.
 
     Attributes:
         avg_grad: coefficient of AvgGrad, fitted.

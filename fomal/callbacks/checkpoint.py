@@ -64,7 +64,7 @@ class SaveLast(Checkpoint):
         return Path(self.dirpath or run_folder(trainer) / "checkpoints") / LAST
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation of the checkpoint's meta-iteration is still to be done."""
+        """Tell whether the validation of the checkpoint's meta-iteration is still to be done."""
         return {"validation_due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

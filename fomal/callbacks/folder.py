@@ -31,5 +31,5 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which leaves no files."""
+    """Tell whether this is a `fast_dev_run`, which leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set by a helper of the trainer

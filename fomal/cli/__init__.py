@@ -100,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def help_text() -> str:
-    """What `fomal --help` prints."""
+    """The text that `fomal --help` prints."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
@@ -127,7 +127,7 @@ def _refuse_empty(args: Sequence[str]) -> None:
 
 
 def _is_setting_error(error: Exception) -> bool:
-    """Whether the text of `error` tells the user enough; other errors keep their traceback."""
+    """Tell whether the text of `error` tells the user enough; other errors keep their traceback."""
     # Lightning's own error is known by its name: importing it here would make `fomal --help` slow.
     return (
         isinstance(error, ValueError | OSError | ModuleNotFoundError | FloatingPointError)
@@ -148,6 +148,6 @@ def _fail(error: Exception, code: int) -> NoReturn:
 
 
 def _is_from_fomal(error: Exception) -> bool:
-    """Whether fomal itself raised `error`, so that its text names setting and remedy."""
+    """Tell whether fomal itself raised `error`, so that its text names setting and remedy."""
     frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
     return str(frame.f_globals.get("__name__", "")).startswith("fomal.")

@@ -1,4 +1,4 @@
-"""What `--ckpt_path` brings along, and what may not differ from it."""
+"""The settings that `--ckpt_path` brings along, and what may not differ from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = {"in_channels", "image_size", "in_features", "out_features"}  # of the n
 
 
 def is_keyword(ckpt_path: str) -> bool:
-    """Whether Lightning itself finds the checkpoint meant by `ckpt_path`, e.g. `last`."""
+    """Tell whether Lightning itself finds the checkpoint meant by `ckpt_path`, e.g. `last`."""
     return ckpt_path.split(":")[0] in KEYWORDS and not Path(ckpt_path).is_file()
 
 

@@ -27,7 +27,7 @@ def config_names() -> list[str]:
 
 
 def is_text(config: str) -> bool:
-    """Whether `config` is YAML or JSON itself rather than a path: jsonargparse takes both."""
+    """Tell whether `config` is YAML or JSON itself rather than a path: jsonargparse takes both."""
     return "\n" in config or config.lstrip().startswith("{")
 
 

@@ -1,4 +1,4 @@
-"""What the command line says to mistakes."""
+"""The lines in which the command line answers mistakes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment file describes.
+    """The runs and figures that an experiment file describes.
 
     Attributes:
         name: of the file.

@@ -1,4 +1,4 @@
-"""What the user gave: the settings of config files and command line, before defaults and links."""
+"""The settings that the user gave: those of config files and command line, before defaults and links."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def short_key(key: str) -> str:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; NaN, which equals nothing, is here itself."""
+    """Tell whether two settings are equal; NaN, which equals nothing, is here itself."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_value, a, b))
     return bool(a == b or (a != a and b != b))
@@ -96,7 +96,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def is_import_path(text: str) -> bool:
-    """Whether `text` may be the path of a class."""
+    """Tell whether `text` may be the path of a class."""
     first, *rest = text.split(".")
     return bool(rest) and all(part.isidentifier() for part in (first, *rest))
 

@@ -20,7 +20,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def table_settings(given: argparse.Namespace) -> TableSettings:
-    """How the table of --labels is written.
+    """The settings of how the table of --labels is written.
 
     Raises:
         ValueError: there is no such separator or encoding.
@@ -30,5 +30,5 @@ def table_settings(given: argparse.Namespace) -> TableSettings:
 
 
 def selection(given: argparse.Namespace) -> Selection:
-    """Which images --include and --exclude mean."""
+    """The images that --include and --exclude mean."""
     return Selection.of(given.include, given.exclude)

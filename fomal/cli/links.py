@@ -68,7 +68,7 @@ def follow_data(config: Namespace, given: Given) -> None:
 
 
 def _gives_way(key: str, size: Any, config: Namespace, given: Given, ours: bool) -> bool:
-    """Whether what was given as `key`, if anything, makes room for the data's size; see `follow_data`."""
+    """Tell whether what was given as `key`, if anything, makes room for the data's size; see `follow_data`."""
     if key not in given.values or _same(value := loaded(given.values[key], key), size):
         return True
     decides = [name for name in given.values if name.partition(".")[0] == "data" and name[5:] not in _NO_SIZES]

@@ -44,7 +44,7 @@ def go_on_in_its_folder(trainer: Mapping[str, Any], ckpt_path: Path) -> None:
 
 
 def is_of_run(ckpt_path: Path, folder: Path) -> bool:
-    """Whether a checkpoint is the last or the previous one of the run in `folder`."""
+    """Tell whether a checkpoint is the last or the previous one of the run in `folder`."""
     return ckpt_path.resolve().parent == folder.resolve() / "checkpoints"
 
 

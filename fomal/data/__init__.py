@@ -1,4 +1,4 @@
-"""What a task is, and where it comes from."""
+"""Data sets: where tasks come from, one file for each."""
 
 from fomal.data.cifar_fs import CIFARFSDataModule, FC100DataModule
 from fomal.data.glyphs import GlyphDataModule

@@ -109,7 +109,7 @@ def check_counts(root: str, files: Sequence[Listed]) -> None:
 
 
 def find_form(path: Path) -> str | None:
-    """Which of the forms a folder or zip has: "pickles", "csv", "folders", or None."""
+    """Find which of the forms a folder or zip has: "pickles", "csv", "folders", or None."""
     if path.is_dir() and len(_pickles(path)) == len(SPLITS):
         return "pickles"
     if not path.exists():

@@ -1,1 +1,1 @@
-"""How a function of tensors is computed: as written, vectorised, traced, in chunks, as a CUDA graph."""
+"""The ways to compute a function of tensors: as written, vectorised, traced, in chunks, as a CUDA graph."""

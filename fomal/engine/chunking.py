@@ -1,4 +1,4 @@
-"""How many tasks fit into memory at once."""
+"""The number of tasks that fit into memory at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tasks(Protocol):
 
     @property
     def tasks(self) -> int:
-        """How many there are."""
+        """The number of tasks."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Tasks(Protocol):
 
     @property
     def signature(self) -> Hashable:
-        """What the memory of one task depends on."""
+        """All that the memory of one task depends on."""
 
     def select(self, tasks: slice) -> Self:
         """The work on the tasks of the given places alone."""

@@ -43,12 +43,12 @@ def forward(network: nn.Module, params: Tree, x: Data) -> Any:
 
 
 def is_short(network: nn.Module) -> bool:
-    """Whether there are parameters in 16 bits."""
+    """Tell whether there are parameters in 16 bits."""
     return any(p.dtype in SHORT for p in network.parameters())
 
 
 def helpers(network: nn.Module, given: set[str]) -> Tree:
-    """What the network's results depend on beside the parameters `given`: the others and the buffers, by place."""
+    """All that the network's results depend on beside the parameters `given`: the others and the buffers, by place."""
     parameters = ((slot, network.get_parameter(slot)) for slot, name in slots(network).items() if name not in given)
     tensors: Tree = {**dict(parameters), **buffers(network)}
     return {slot: t for slot, t in tensors.items() if t.layout == torch.strided}

@@ -272,12 +272,12 @@ def _unknown(network: nn.Module, losses: Sequence[object]) -> str:
 
 
 def _is_short(leaves: list[Tensor]) -> bool:
-    """Whether there are 16-bit floating-point numbers in it."""
+    """Tell whether there are 16-bit floating-point numbers in it."""
     return autocast_dtype(leaves[0].device.type) is not None or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
 
 
 def _is_transformed(leaf: Tensor) -> bool:
-    """Whether derivatives are taken of it; a trace has none of its own."""
+    """Tell whether derivatives are taken of it; a trace has none of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(leaf) or leaf.requires_grad
 
 

@@ -1,4 +1,4 @@
-"""How well an initialisation learns: protocols, metrics, and means over tasks with their intervals."""
+"""Judging how well an initialisation learns: protocols, metrics, and means over tasks with their intervals."""
 
 from fomal.evaluation.means import TaskMean
 from fomal.evaluation.metrics import ExampleMetric, Metric, QueryLoss, TaskMetric

@@ -1,4 +1,4 @@
-"""How the figures of an evaluation are shown: by their metric's unit and direction, which `results.json` has too."""
+"""Showing the figures of an evaluation: by their metric's unit and direction, which `results.json` has too."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Quantity:
 
     @property
     def is_headline(self) -> bool:
-        """Whether it says how well was learnt: after adaptation, with a direction."""
+        """Tell whether it says how well was learnt: after adaptation, with a direction."""
         return self.higher_is_better is not None and not self.before
 
     @property
     def is_logarithmic(self) -> bool:
-        """Whether it is drawn on a logarithmic scale, where all values are above 0: errors, but no shares."""
+        """Tell whether it is drawn on a logarithmic scale, where all values are above 0: errors, but no shares."""
         return self.higher_is_better is False and self.unit != "%"
 
     @property
     def title(self) -> str:
-        """What to write at an axis or above a column, e.g. "accuracy transductive, %"."""
+        """The text at an axis or above a column, e.g. "accuracy transductive, %"."""
         return self.name.replace("_", " ") + (f", {self.unit}" if self.unit else "")
 
     def text(self, value: float) -> str:
@@ -93,7 +93,7 @@ def reported(metrics: Iterable[Metric | Quantity], both: bool, before: bool) -> 
 
 
 def read_figures(about: Any, names: Iterable[str], source: str) -> dict[str, Quantity]:
-    """How the figures of a run are shown.
+    """Read how the figures of a run are shown.
 
     Args:
         about: what its `results.json` or `metrics.json` says, by names in logs, e.g. "test/accuracy"; None: nothing.

@@ -1,4 +1,4 @@
-"""What predictions are judged by: a metric has a name, a unit, a direction, and a value for each task."""
+"""The metrics that predictions are judged by: each has a name, a unit, a direction, and a value for each task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Predicted:
 
     @cached_property
     def prediction(self) -> Data:
-        """What is predicted, (T, Q, *prediction)."""
+        """The predictions, (T, Q, *prediction)."""
         return self._predict()
 
     @cached_property

@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """What an inner loop leaves; only what the outer rule asked for is kept, so memory does not grow with k.
+    """The record that an inner loop leaves; only what the outer rule asked for is kept, so memory does not grow with k.
 
     Attributes:
         end: stacked parameters after the last step, (T, ...) each.
@@ -80,7 +80,7 @@ class InnerLoop:
 
     @property
     def tasks(self) -> int:
-        """How many initialisations are taken from one, and averaged."""
+        """The number of initialisations that are taken from one, and averaged."""
         return self.episode.tasks
 
     @property
@@ -90,7 +90,7 @@ class InnerLoop:
 
     @property
     def signature(self) -> Hashable:
-        """What the memory that a task takes depends on: shapes of its examples, and the number of steps."""
+        """All that the memory of a task depends on: shapes of its examples, and the number of steps."""
         sets = {"support": self.episode.support_x, "query": self.episode.query_x}
         return (*((name, t.shape[1:]) for name, t in named(sets, "")), len(self.plan))
 

@@ -41,11 +41,11 @@ class Loss(ABC):
         """
 
     def weights(self, y: Data) -> Tensor | None:
-        """How much each example counts in the mean over examples, (B,), not negative; None: all the same."""
+        """The weight of each example in the mean over examples, (B,), not negative; None: all the same."""
         return None
 
     def predict(self, forward: Forward, x: Data) -> Data:
-        """What is predicted for inputs (B, *input), (B, *prediction): the network's outputs, unless a loss differs."""
+        """Predict for inputs (B, *input), (B, *prediction): the network's outputs, unless a loss differs."""
         return forward(x)
 
     def metrics(self, y: Data) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class Loss(ABC):
         return ("accuracy",) if isinstance(y, Tensor) and not y.is_floating_point() else ("loss",)
 
     def outputs(self, size: int) -> int:
-        """How many outputs the network needs, where the data have `size` classes or targets: as many, as it is."""
+        """The number of outputs of the network, where the data have `size` classes or targets: as many, as it is."""
         return size
 
     def check(self, forward: Forward, x: Data, y: Data, ways: int) -> None:  # noqa: B027 # it may refuse nothing
@@ -96,7 +96,7 @@ def at_least_32_bits(value: Data) -> Data:
 
 
 def predicts_classes(loss: Loss, y: Data) -> bool:
-    """Whether the predictions of targets `y` are scores of classes, see `Loss.metrics`."""
+    """Tell whether the predictions of targets `y` are scores of classes, see `Loss.metrics`."""
     return "accuracy" in loss.metrics(y)
 
 

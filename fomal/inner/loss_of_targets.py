@@ -243,7 +243,7 @@ def loss_for(y: Data) -> Loss:
 
 
 def looks_like_labels(y: Tensor) -> bool:
-    """Whether floating-point targets (B, *target) are several zeros and ones, as labels that are there or not are."""
+    """Tell whether floating-point targets (B, *target) are several zeros and ones, as labels are."""
     return y.is_floating_point() and y[0].numel() > 1 and bool(((y == 0) | (y == 1)).all())
 
 

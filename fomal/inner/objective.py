@@ -72,7 +72,7 @@ class Objective:
         return {**self.__dict__, "_order": 0, "_seen": None, "_own": set()}
 
     def is_settled(self, second_order: bool, with_query: bool = False) -> bool:
-        """Whether it is settled how to run over tasks, for first or second derivatives, for the network as it is.
+        """Tell whether it is settled how to run over tasks, for first or second derivatives, for the network as it is.
 
         Args:
             second_order: see `settle`.
@@ -98,7 +98,7 @@ class Objective:
         return plain
 
     def is_of(self, network: nn.Module, loss: Loss | None, query_loss: Loss | None) -> bool:
-        """Whether it is of these very objects."""
+        """Tell whether it is of these very objects."""
         return self.network is network and self.loss is loss and self.query_loss is query_loss
 
     def for_queries(self) -> Objective:
@@ -178,7 +178,7 @@ class Objective:
         return reason
 
     def parts(self, x: Data, y: Data, *query: Data) -> list[tuple[Objective, Data, Data]]:
-        """What there is to settle: the objective, and that of the query sets where examples of these are given."""
+        """The parts to settle: the objective, and that of the query sets where examples of these are given."""
         return [(self, x, y), *([(self.for_queries(), *query)] if query else [])]
 
     def _try(self, params: Tree, examples: tuple[Data, ...], second_order: bool) -> str | None:

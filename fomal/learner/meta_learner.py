@@ -166,7 +166,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
 
     @property
     def execution(self) -> Execution:
-        """How it is computed; another one takes effect at the next use."""
+        """The way it is computed; another one takes effect at the next use."""
         return self._execution
 
     @execution.setter
@@ -291,7 +291,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
     # -- training
 
     def gradient_of(self, batch: Episode | Numbers, phi: Tree, state: State) -> MetaGradient:
-        """What a meta-batch of this process says, from an initialisation and an inner state: a function of these alone.
+        """The outer gradient of this process's meta-batch: a function of initialisation and inner state only.
 
         Args:
             batch: the tasks, or their numbers, from which the run's datamodule draws them.
@@ -365,7 +365,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         return sorted(torch.cat(bad).tolist())
 
     def _counts(self, found: MetaGradient) -> bool:
-        """Whether a task of the meta-batch is finite; raises FloatingPointError where none is again and again."""
+        """Tell whether a task of the meta-batch is finite; raises FloatingPointError where none is again and again."""
         if not self.outer.skips:
             return True
         self.skipped_tasks += int(found.skipped)
@@ -413,7 +413,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         return scheduler
 
     def training_figures(self, losses: Tensor) -> dict[str, Any]:
-        """What is due to be logged after a meta-iteration with these losses (n, 2); nothing between."""
+        """The figures that are due to be logged after a meta-iteration with these losses (n, 2); nothing between."""
         self.train_losses.update(losses)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a helper
         if every == 0 or self.global_step % every:
@@ -485,7 +485,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         self.log_dict(self.evaluation_figures("test"))
 
     def evaluation_figures(self, stage: str) -> dict[str, Tensor]:
-        """What the evaluated tasks say, and forget them; `results` has it too."""
+        """The figures of the evaluated tasks, which are forgotten then; `results` has it too."""
         tally, self._tally = self._tally or Tally(self.device), None
         figures, self.results = tally.finish(stage)
         return figures
@@ -612,7 +612,7 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         checkpoint["fomal"] = self.own_part()
 
     def own_part(self) -> dict[str, Any]:
-        """What a checkpoint has under "fomal"."""
+        """The part of a checkpoint under "fomal"."""
         return {
             "format": CHECKPOINT_FORMAT,
             "config": self.config,

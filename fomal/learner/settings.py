@@ -123,7 +123,7 @@ class OuterStep:
 
     @property
     def skips(self) -> bool:
-        """Whether tasks that are not finite are left out."""
+        """Tell whether tasks that are not finite are left out."""
         return self.on_nonfinite == "skip_task"
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:

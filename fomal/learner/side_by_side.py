@@ -74,7 +74,7 @@ class SideBySide(InnerLoop):
 
     @property
     def tasks(self) -> int:
-        """How many tasks each run has."""
+        """The number of tasks of each run."""
         return self.episode.tasks // self.runs
 
     @property

@@ -1,4 +1,4 @@
-"""What a run looks out for in every meta-iteration: signals to stop, and values that are not finite."""
+"""The dangers that a run looks out for in every meta-iteration: signals to stop, and values that are not finite."""
 
 from __future__ import annotations
 

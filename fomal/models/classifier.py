@@ -25,7 +25,7 @@ ALIASES = {
 
 
 class Classifier(nn.Module):
-    """What `factory(**options)` makes, its head (last linear layer or 1x1 convolution) resized to `ways` classes.
+    """The network of `factory(**options)`, its head (last linear layer or 1x1 convolution) resized to `ways` classes.
 
     The head is initialised anew, as torch does; all else is as the factory makes it, pretrained or not:
 
@@ -104,7 +104,7 @@ def _make(factory: str, options: dict[str, Any], sizes: dict[str, Any]) -> nn.Mo
 
 
 def _makes_networks(make: Any, path: str) -> bool:
-    """Whether a class or function says that it makes modules; a function of Python's or torch's own must be annotated.
+    """Tell whether a class or function makes modules; a function of Python's or torch's own must be annotated.
 
     A function without annotation counts if it is defined in the package that `path` names.
     """

@@ -92,7 +92,7 @@ def outputs(layer: nn.Module) -> int:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether `module` can be a head."""
+    """Tell whether `module` can be a head."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)

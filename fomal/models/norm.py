@@ -65,7 +65,7 @@ KNOWN = {
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether the network says something else of one example where others are in the batch, by a batch norm."""
+    """Tell whether the network says something else of one example where others are in the batch, by a batch norm."""
     return any(isinstance(module, BatchNorm | nn.modules.batchnorm._NormBase) for module in network.modules())
 
 

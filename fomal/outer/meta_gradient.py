@@ -21,7 +21,7 @@ from fomal.utils.tree import Tree
 
 
 class MetaGradient(NamedTuple):
-    """What a meta-batch says.
+    """The outer gradient of a meta-batch, with its losses and inner state.
 
     Attributes:
         gradient: the outer gradient, the mean over the tasks that count.

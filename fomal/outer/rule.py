@@ -1,4 +1,4 @@
-"""What an outer rule is: from the inner loops of a meta-batch to the outer gradient."""
+"""The outer rule: from the inner loops of a meta-batch to the outer gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a regression task is learnt, step by step."""
+"""A figure of how a regression task is learnt, step by step."""
 
 from __future__ import annotations
 

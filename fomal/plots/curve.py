@@ -78,7 +78,7 @@ def _draw_metric(axes: Axes, curves: Mapping[Quantity, Curve]) -> None:
 
 
 def read_about(folder: Path) -> Any:
-    """What `metrics.json` in the folder of a run says of the figures in its log, see `read_figures`; None: nothing.
+    """Read what a run's `metrics.json` says of the figures in its log, see `read_figures`; None: nothing.
 
     Raises:
         ValueError: it is damaged.

@@ -25,7 +25,7 @@ _LINE = 0.17  # inches, of small text
 
 
 def is_image(x: Tensor) -> bool:
-    """Whether examples (T, S, *input) are grey or RGB images."""
+    """Tell whether examples (T, S, *input) are grey or RGB images."""
     return x.ndim == 5 and x.shape[2] in (1, 3) and min(x.shape[3:]) > 1
 
 

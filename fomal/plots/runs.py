@@ -1,4 +1,4 @@
-"""What runs left in their folders, read back for figures and tables."""
+"""The logs and results that runs left in their folders, read back for figures and tables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether it is the test of a network as it is before training."""
+        """Tell whether it is the test of a network as it is before training."""
         return self.meta_iterations is None and bool(self.final) and not self.curves
 
     def metrics(self) -> list[str]:
@@ -58,7 +58,7 @@ class Run:
         return list(dict.fromkeys([*self.final, *self.curves]))
 
     def quantity(self, metric: str) -> Quantity:
-        """How a figure is shown."""
+        """The way a figure is shown."""
         return self.figures.get(metric) or read_figures(None, [metric], str(self.folder))[metric]
 
 
@@ -74,7 +74,7 @@ class Method:
         return [name for name in self.runs[0].metrics() if all(name in run.metrics() for run in self.runs)]
 
     def quantity(self, metric: str) -> Quantity:
-        """How a figure is shown."""
+        """The way a figure is shown."""
         return next((run for run in self.runs if metric in run.metrics()), self.runs[0]).quantity(metric)
 
     def final(self, metric: str) -> tuple[float, float] | None:

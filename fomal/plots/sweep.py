@@ -64,7 +64,7 @@ def sweep_figure(panels: Mapping[str, Panel], metric: Quantity, title: str = "")
 
 
 def is_geometric(values: Sequence[float]) -> bool:
-    """Whether increasing values are spaced more evenly by their ratios than by their differences."""
+    """Tell whether increasing values are spaced more evenly by their ratios than by their differences."""
     if len(values) < 3 or values[0] <= 0:
         return False
     gaps = [b - a for a, b in zip(values, values[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""What is left of outer gradients beyond their leading terms, against the inner step size."""
+"""A figure of what is left of outer gradients beyond their leading terms, against the inner step size."""
 
 from __future__ import annotations
 

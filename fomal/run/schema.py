@@ -1,4 +1,4 @@
-"""What a checkpoint and an adapted model's folder hold: entries, kinds and format numbers, checked before use."""
+"""The contents of checkpoints and of adapted models: entries, kinds and format numbers, checked before use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process does when it is asked to end."""
+"""The answer of a process that is asked to end."""
 
 from __future__ import annotations
 

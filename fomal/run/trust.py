@@ -81,14 +81,14 @@ class Trust:
         self.own = frozenset(own)
 
     def has(self, name: str) -> bool:
-        """Whether the user has vouched for `name`."""
+        """Tell whether the user has vouched for `name`."""
         if name in self.own or name in self.names:
             return True
         packages = [package for package in self.names if name.startswith(f"{package}.")]
         return any(_is_defined_in(name, package) for package in packages)
 
     def allows(self, name: str) -> bool:
-        """Whether `name` may be imported because a file names it."""
+        """Tell whether `name` may be imported because a file names it."""
         return self.has(name) or is_known(name)
 
     def check(self, config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def check_states(states: Any) -> None:
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` is trusted without a word: a public class or network function defined where it is named."""
+    """Tell whether `name` is trusted without a word: a public class or network function defined where it is named."""
     if name == _TIMM:
         return _is_installed("timm")
     if name.startswith("lightning.pytorch."):
@@ -192,7 +192,7 @@ def is_known(name: str) -> bool:
 
 
 def _is_classifier(function: Any) -> bool:
-    """Whether it is a function of torchvision for a classifier: others fetch weights without being asked."""
+    """Tell whether it is a function of torchvision for a classifier: others fetch weights without being asked."""
     models = importlib.import_module("torchvision.models")
     name = getattr(function, "__name__", "")
     return name in models.list_models(module=models) and models.get_model_builder(name) is function
@@ -219,7 +219,7 @@ def _is_within(module: str | None, package: str) -> bool:
 
 
 def _is_defined_in(name: str, package: str) -> bool:
-    """Whether the object at `name`, within a package that the user trusts, is not one that the package imports."""
+    """Tell whether the object at `name`, within a package that the user trusts, is not one that the package imports."""
     try:
         importlib.import_module(package)
     except ImportError:
@@ -229,7 +229,7 @@ def _is_defined_in(name: str, package: str) -> bool:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether Python would import `package` from where it was installed, not from the current folder."""
+    """Tell whether Python would import `package` from where it was installed, not from the current folder."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return True  # importing it says what to install

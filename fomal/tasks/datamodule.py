@@ -193,7 +193,7 @@ class EpisodeDataModule(L.LightningDataModule):
         """The tasks `number` (T,) int64 of a split ("train", "val" or "test"): a pure function of its arguments."""
 
     def batch(self, split: str, number: Tensor) -> Episode | Numbers:
-        """What the loader gives of the tasks `number`: themselves or, with `on_device`, the numbers alone."""
+        """The form in which the loader gives the tasks `number`: themselves or, with `on_device`, the numbers alone."""
         if self.on_device and split == "train":
             return Numbers(number, self.seed, split_index(split))
         found = self.episodes(split, number)

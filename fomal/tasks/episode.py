@@ -130,12 +130,12 @@ class Episode(NamedTuple):
 
     @property
     def is_regression(self) -> bool:
-        """Whether the targets are floating-point numbers."""
+        """Tell whether the targets are floating-point numbers."""
         return all(t.is_floating_point() for t in leaves(self.support_y))
 
     @property
     def blocks(self) -> int:
-        """How many blocks of equally many examples a task lists its support in: its classes, where it is by class."""
+        """The number of blocks of equally many support examples: a task's classes, where it is by class."""
         return self.ways if isinstance(self.support_y, Tensor) and self.support_y.ndim == 2 else 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Episode:

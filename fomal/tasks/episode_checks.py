@@ -1,4 +1,4 @@
-"""Which episodes are refused, and in which words."""
+"""The checks of an episode, and the words in which it is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples: seeded N-way K-shot choices and inner mini-batch plans, vectorised over tasks.
+"""The choice of examples: seeded N-way K-shot choices and inner mini-batch plans, vectorised over tasks.
 
 Everything here is a pure function of (seed, split, episode number).
 """

@@ -39,7 +39,7 @@ class Same:
 
 
 def changes(t: Tensor) -> int:
-    """How often a tensor has changed in place; torch does not count it of tensors made in inference mode."""
+    """Count how often a tensor has changed in place; torch does not count it of tensors made in inference mode."""
     return 0 if t.is_inference() else t._version
 
 

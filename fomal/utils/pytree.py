@@ -63,7 +63,7 @@ def _filled(like: Any, leaves: Iterator[Any]) -> Any:
 
 
 def is_data(value: Any) -> bool:
-    """Whether it is a tensor, or nested dicts of tensors, none of them empty."""
+    """Tell whether it is a tensor, or nested dicts of tensors, none of them empty."""
     if isinstance(value, dict):
         return bool(value) and all(map(is_data, value.values()))
     return isinstance(value, Tensor)
@@ -115,7 +115,7 @@ def skeleton(value: Any) -> Any:
 
 
 def signature(leaves: list[Tensor]) -> tuple[Hashable, ...]:
-    """What an operation on tensors depends on beside their values: shapes, dtypes, devices, autocast."""
+    """All that an operation on tensors depends on beside their values: shapes, dtypes, devices, autocast."""
     return (*((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), autocast_dtype(leaves[0].device.type))
 
 

@@ -195,7 +195,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def _foreign(about: os.stat_result) -> bool:
-    """Whether a file belongs to neither this user nor the system's administrator."""
+    """Tell whether a file belongs to neither this user nor the system's administrator."""
     return hasattr(os, "geteuid") and about.st_uid not in (os.geteuid(), 0)
 
 
@@ -216,7 +216,7 @@ def _open_to_others(about: os.stat_result) -> str:
 
 
 def _private_group(group: int) -> bool:
-    """Whether a group is the one of this user alone, as many systems make it, with group-writable files."""
+    """Tell whether a group is the one of this user alone, as many systems make it, with group-writable files."""
     try:
         name, about = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

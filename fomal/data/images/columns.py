@@ -1,4 +1,4 @@
-"""Which columns of a table name an image's file, its class and its split."""
+"""The columns of a table that name an image's file, its class and its split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class TableSettings:
-    """How a table of images is written; None is found out from the table.
+    """The settings of how a table of images is written; None is found out from the table.
 
     Attributes:
         file_column: name of the column with the files.
@@ -50,7 +50,7 @@ class TableSettings:
         return [column for column in columns if column == given] or _written(columns, [_key(given)])
 
     def fit(self, columns: Sequence[str]) -> bool:
-        """Whether a table with these columns has files and classes."""
+        """Tell whether a table with these columns has files and classes."""
         return all(self.candidates(columns, part) for part in ("file", "label"))
 
     def find(self, columns: Sequence[str], where: str) -> dict[str, str]:

@@ -91,7 +91,7 @@ class ImageFilesDataModule(ImageDataModule):
 
     @property
     def file_format(self) -> ImageFormat:
-        """How the data set's own files become images; it may refuse files that `image_format` does not."""
+        """The format of the data set's own files, which may refuse files that `image_format` does not."""
         return self.image_format
 
     @abstractmethod
@@ -152,7 +152,7 @@ class ImageFilesDataModule(ImageDataModule):
 def usable(
     source: Source, listing: Listing, problems: Mapping[str, str], digests: NDArray[np.uint8] | None, on_error: str
 ) -> list[int]:
-    """Which of the listed files can be used: those without a problem that are in one class alone.
+    """List which files can be used: those without a problem that are in one class only.
 
     Args:
         source: the files.

@@ -1,4 +1,4 @@
-"""Which files are images: by their suffix, or by how their content begins."""
+"""Telling which files are images: by their suffix, or by how their content begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image file belongs to which class, and to which split, by the folders that it lies in."""
+"""Finding out which image file belongs to which class, and to which split, by the folders that it lies in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Listed(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a source has.
+    """The image files of a source, with their classes.
 
     Attributes:
         files: sorted by label and name.

@@ -1,4 +1,4 @@
-"""Which image file belongs to which class and split, by tables such as CSV files."""
+"""Reading which image file belongs to which class and split, by tables such as CSV files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which classes are trained on, validated on and tested on."""
+"""Dividing classes into those trained on, validated on and tested on."""
 
 from __future__ import annotations
 

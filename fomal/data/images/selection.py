@@ -1,4 +1,4 @@
-"""Which of a source's files are meant: patterns of names, and a line about the others."""
+"""Selecting the files of a source that are meant: patterns of names, and a line about the others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Selection(NamedTuple):
         return cls(_patterns("include", include), _patterns("exclude", exclude))
 
     def why_not(self, name: str) -> str | None:
-        """Why a file is not meant; None for one that is."""
+        """Say why a file is not meant; None for one that is."""
         if any(_matches(name, pattern) for pattern in self.exclude):
             return "that exclude names"
         if self.include and not any(_matches(name, pattern) for pattern in self.include):

@@ -45,7 +45,7 @@ class Source(ABC):
 
     @property
     def label(self) -> str:
-        """What to call it in messages, e.g. root='data/images'."""
+        """The name to call it by in messages, e.g. root='data/images'."""
         return f"{self.setting}={self.where!r}"
 
     @abstractmethod

@@ -364,7 +364,7 @@ def _scan(
 
 
 def _worth_threads(source: Source, names: Sequence[str]) -> bool:
-    """Whether such files, photographs rather than drawings, are decoded faster on several threads."""
+    """Tell whether such files, photographs rather than drawings, are decoded faster on several threads."""
     return sum(source.stamp(name)[0] for name in names) > _WORTH_THREADS * len(names)
 
 
