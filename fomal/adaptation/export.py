@@ -41,7 +41,7 @@ class Exported(nn.Module):
         self.image_format = model.image_format
         self.dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
         self.register_buffer("support", self._inputs(model.support.to(model.device)))
-        self.alone = not transductive and (has_batch_norm(model.network) or self._looks_at_batch())
+        self.one_at_a_time = not transductive and (has_batch_norm(model.network) or self._looks_at_batch())
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self.image_format.normalize(images).to(self.dtype)
@@ -50,13 +50,13 @@ class Exported(nn.Module):
     def _looks_at_batch(self) -> bool:
         """Tell whether the network answers differently for a half of the support set than for all of it."""
         half = self.support[: (len(self.support) + 1) // 2]
-        all_of_it, alone = (self.network(x)[: len(half)].double() for x in (self.support, half))
-        return not torch.allclose(all_of_it, alone, rtol=1e-3, atol=1e-3 * float(all_of_it.abs().max()))
+        beside, by_itself = (self.network(x)[: len(half)].double() for x in (self.support, half))
+        return not torch.allclose(beside, by_itself, rtol=1e-3, atol=1e-3 * float(beside.abs().max()))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, N)."""
         x = self._inputs(images)
-        logits = self.network(torch.cat([self.support, x]))[-1:] if self.alone else self.network(x)
+        logits = self.network(torch.cat([self.support, x]))[-1:] if self.one_at_a_time else self.network(x)
         probabilities: Tensor = logits.float().softmax(-1)
         return probabilities
 
@@ -88,7 +88,7 @@ def export(model: Adapted, path: Path, kind: Format, transductive: bool = False)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporters, about themselves
             try:
-                write(module, _random(module, model, 1 if module.alone else 2), unfinished)
+                write(module, _random(module, model, 1 if module.one_at_a_time else 2), unfinished)
             except ModuleNotFoundError:
                 raise
             except Exception as error:  # the exporters raise many kinds
@@ -109,9 +109,9 @@ def _random(module: Exported, model: Adapted, batch: int, seed: int = 0) -> Tens
 
 def _compare(module: Exported, model: Adapted, run: Callable[[Tensor], Tensor], kind: str) -> None:
     """Raise ValueError unless `run` says what the model's own `predict_pixels` says."""
-    for seed, batch in enumerate((1, 1) if module.alone else (2, 3), 1):  # not only what was traced
+    for seed, batch in enumerate((1, 1) if module.one_at_a_time else (2, 3), 1):  # not only what was traced
         images = _random(module, model, batch, seed)
-        expected = model.predict_pixels(images, transductive=not module.alone).probabilities
+        expected = model.predict_pixels(images, transductive=not module.one_at_a_time).probabilities
         error = float((run(images).cpu() - expected).abs().max())
         if not error <= _TOLERANCE:
             raise ValueError(
@@ -122,7 +122,7 @@ def _compare(module: Exported, model: Adapted, run: Callable[[Tensor], Tensor], 
 
 def _batch(module: Exported) -> dict[str, Any] | None:
     """Which axes may change."""
-    return None if module.alone else {"images": {0: torch.export.Dim("batch")}}
+    return None if module.one_at_a_time else {"images": {0: torch.export.Dim("batch")}}
 
 
 def _write_onnx(module: Exported, example: Tensor, path: Path) -> None:

@@ -20,7 +20,7 @@ from fomal.utils.tree import Tree
 
 @dataclass(frozen=True)
 class Problem:
-    """n mini-batches of each of T tasks, drawn independently from the task's examples, and an initialisation.
+    """n mini-batches of each of T tasks, sampled independently from the task's examples, and an initialisation.
 
     A rule's inner loop takes one mini-batch a step; rules with a query set take the last one for it, and so one step
     less, as in the paper's analysis.
@@ -38,8 +38,8 @@ class Problem:
     plan: Plan
 
     @classmethod
-    def draw(cls, objective: Objective, start: Tree, episode: Episode, batches: int, batch_size: int) -> Problem:
-        """Draw `batches` mini-batches of `batch_size` from the support and query examples of each task.
+    def sample(cls, objective: Objective, start: Tree, episode: Episode, batches: int, batch_size: int) -> Problem:
+        """Sample `batches` mini-batches of `batch_size` from the support and query examples of each task.
 
         Raises:
             ValueError: fewer than two mini-batches, or more examples in one than a task has.

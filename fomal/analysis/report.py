@@ -98,7 +98,7 @@ def analyze(
         rule.check(batches - rule.needs_query, SGD(lr))
 
     def problem(number: Tensor) -> Problem:
-        return Problem.draw(objective, start, episodes(number), batches, batch_size)
+        return Problem.sample(objective, start, episodes(number), batches, batch_size)
 
     few = problem(torch.arange(min(TAYLOR_TASKS, tasks)))
     first_x, first_y = few.episode.support_x[:2, :batch_size], few.episode.support_y[:2, :batch_size]

@@ -39,12 +39,12 @@ def run(verb: str, args: Sequence[str]) -> Exported:
     path = given.out or given.adapted / f"model{SUFFIXES[given.format]}"
     exported = export(model, path, given.format, given.transductive)
     form = model.image_format
-    batch = 1 if exported.alone else "B"
+    batch = 1 if exported.one_at_a_time else "B"
     tell(f"{path} equals the model on random images.")
     tell(
         f"It takes images ({batch}, {form.channels}, {form.height}, {form.width}) uint8 and gives probabilities "
         f"({batch}, {len(model.classes)}), in the order of the classes in {given.adapted / 'model.json'}."
     )
-    if exported.alone:
+    if exported.one_at_a_time:
         tell("Batch norm sees each image together with the support set, hence one at a time.")
     return exported

@@ -19,9 +19,9 @@ INTERVAL = (-5.0, 5.0)
 class SinusoidDataModule(EpisodeDataModule):
     """Regression tasks y = a sin(x + b) with a ~ U[0.1, 5], b ~ U[0, 2 pi], x ~ U[-5, 5] (Nichol et al. 2018, 4).
 
-    Needs no download. Support points are drawn at random; the query points of validation and test tasks are
+    Needs no download. Support points are sampled at random; the query points of validation and test tasks are
     spread evenly over the interval, ends included, so that their mean squared error estimates the paper's
-    integral loss; those of training tasks are drawn at random like the support.
+    integral loss; those of training tasks are sampled at random like the support.
 
     Args:
         shots: support points of a validation or test task.

@@ -1,4 +1,4 @@
-"""Tasks drawn by learn2learn 0.2.0 (Arnold et al. 2020, arXiv:2008.12284), or by any other sampler, as episodes."""
+"""Tasks sampled by learn2learn 0.2.0 (Arnold et al. 2020, arXiv:2008.12284), or by any other sampler, as episodes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _IMAGES = {  # channels, height and width
 
 
 class TasksetDataModule(EpisodeDataModule):
-    """N-way K-shot tasks as learn2learn draws them: one of its benchmarks, or tasksets made in Python.
+    """N-way K-shot tasks as learn2learn samples them: one of its benchmarks, or tasksets made in Python.
 
     Episode i of a split is what the split's taskset gives right after the generators of Python, numpy and torch (CPU)
     were seeded from (seed, split, i); a taskset of n tasks gives task i mod n. learn2learn's cache of task
@@ -62,7 +62,7 @@ class TasksetDataModule(EpisodeDataModule):
     order, are its support, the next `query_shots` its query; any others are left out.
 
     A benchmark's inputs are float32 in [0, 1]; of Omniglot, 28 x 28 with ink 1. Its training, validation and test
-    classes are apart: learn2learn itself draws Omniglot's tasks of every split from all 1623 characters, which is put
+    classes are apart: learn2learn itself samples Omniglot's tasks of every split from all 1623 characters, which is put
     right here. It turns all images of an Omniglot task by the same random quarter turns, in every split. Mini-ImageNet
     takes 6 GB of memory per process. After `setup`, `tasksets` holds each split's.
 
@@ -73,7 +73,7 @@ class TasksetDataModule(EpisodeDataModule):
         download: let learn2learn fetch what `root` lacks: for Omniglot two zips (14 MB) from GitHub, for mini-ImageNet
             three pickles (1.3 GB) from Dropbox or Google Drive, for the others archives or pickles from Zenodo, Google
             Drive or Dropbox (tiered-ImageNet 12 GB, FC100 160 MB). Its links are of 2023 and may be dead.
-        num_tasks: how many different tasks each split of a benchmark has; None draws new ones without end.
+        num_tasks: how many different tasks each split of a benchmark has; None samples new ones without end.
         partition_seed: seed of the random choice of the benchmark Omniglot's 1100 training, 100 validation and 423
             test characters; the other benchmarks have theirs fixed.
         tasksets: instead of a benchmark, in Python: for "train", "val" and "test", as far as they are used, a
@@ -169,16 +169,16 @@ class TasksetDataModule(EpisodeDataModule):
         names = ("train_shots", "train_query_shots") if split == "train" else ("shots", "query_shots")
         wanted = f"ways={self.ways} classes, {names[0]}={examples[0]} plus {names[1]}={examples[1]} examples of each"
         try:
-            x, y = draw(self.tasksets[split], self.seed, SPLITS.index(split), number)
+            x, y = sample_task(self.tasksets[split], self.seed, SPLITS.index(split), number)
             return arrange(x, y, self.ways, sum(examples))
         except ValueError as error:  # also those of random.sample, on which learn2learn's transforms rest
             raise ValueError(
                 f"task {number} of the {split} taskset cannot be used ({error}): it needs {wanted}; "
-                f"change these settings, or what the taskset draws."
+                f"change these settings, or what the taskset samples."
             ) from error
 
 
-def draw(taskset: Any, seed: int, split: int, number: int) -> tuple[Tensor, Tensor]:
+def sample_task(taskset: Any, seed: int, split: int, number: int) -> tuple[Tensor, Tensor]:
     """Task `number` of a taskset, as it gives it: x (n, *input), y (n,); a pure function of the arguments."""
     endless = not hasattr(taskset, "__len__") or getattr(taskset, "num_tasks", None) == -1
     if not endless:
@@ -219,7 +219,7 @@ def arrange(x: Tensor, y: Tensor, ways: int, examples: int) -> Tensor:
 @contextmanager
 def seeded(words: list[int]) -> Iterator[None]:
     """Inside, the generators of Python, numpy and torch (CPU) start from six 32-bit words; then they are as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - others draw from it
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - others sample from it
     try:
         random.seed(words[0] << 32 | words[1])
         np.random.seed(words[2:4])  # noqa: NPY002

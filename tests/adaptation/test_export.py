@@ -44,14 +44,14 @@ def test_it_says_what_the_model_says(adapted: Adapted, kind: str, transductive: 
     skip_without(kind)
     path = tmp_path / f"model{SUFFIXES[kind]}"
     exported = export(adapted, path, kind, transductive)
-    assert exported.alone is not transductive
+    assert exported.one_at_a_time is not transductive
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     images = torch.randint(0, 256, (5, 3, 10, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
     expected = adapted.predict(images, transductive).probabilities
     batches = [images] if transductive else images.split(1)  # batch norm sees each with the support set
     found = torch.cat([run(kind, path, batch) for batch in batches])
     torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
-    if exported.alone:  # the file itself refuses several images, rather than answer for the last
+    if exported.one_at_a_time:  # the file itself refuses several images, rather than answer for the last
         with pytest.raises(Exception, match="Got: 5 Expected: 1|Guard failed"):
             run(kind, path, images)
     with pytest.raises(FileExistsError, match="exists already: give another name"):
@@ -64,7 +64,7 @@ def test_without_batch_norm_any_batch_goes(kind: str, tmp_path: Path) -> None:
     images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
     model = Adapted(MLP(16, 3), ["a", "b", "c"], ImageFormat(4, 4, "gray"), images[:3], torch.arange(3), {})
     exported = export(model, tmp_path / "m", kind)
-    assert not exported.alone
+    assert not exported.one_at_a_time
     for count in (6, 2, 1):
         expected = model.predict(images[:count]).probabilities
         torch.testing.assert_close(run(kind, tmp_path / "m", images[:count]).detach(), expected)
@@ -127,6 +127,6 @@ def test_any_network_that_looks_at_the_batch_is_exported_with_the_support_set(tm
     torch.manual_seed(0)
     model = Adapted(OwnNorm(), ["a", "b", "c"], ImageFormat(4, 4, "gray"), images[:3], torch.arange(3), {})
     exported = export(model, tmp_path / "m", "torch-export")
-    assert exported.alone
+    assert exported.one_at_a_time
     found = torch.cat([run("torch-export", tmp_path / "m", image) for image in images[3:].split(1)])
     torch.testing.assert_close(found.detach(), model.predict(images[3:]).probabilities)

@@ -32,7 +32,7 @@ def smooth_problem(tasks: int = 3, hidden: int = 8) -> Problem:
     network = MLP(hidden=(hidden,)).double()
     phi = tree.detach(dict(network.named_parameters()))
     episode = SinusoidDataModule(train_shots=30).episodes("train", torch.arange(tasks))
-    return Problem.draw(Objective(network, True), phi, episode, BATCHES, 6)
+    return Problem.sample(Objective(network, True), phi, episode, BATCHES, 6)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -48,7 +48,7 @@ def test_convolutions_with_batch_norm_obey_it_too(
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "relu", torch.tanh)  # the expansion is of smooth losses
     phi = tree.detach(dict(network.named_parameters()))
-    problem = Problem.draw(Objective(network, vectorize), phi, episode, BATCHES, 6)
+    problem = Problem.sample(Objective(network, vectorize), phi, episode, BATCHES, 6)
     alphas = geometric(1e-5, 1e-3, 5)
     assert slope(alphas, residuals(problem, rule, alphas)) == pytest.approx(2, abs=0.02)
     products = problem.hessian_products(problem.gradients())
@@ -116,9 +116,9 @@ def test_settings_that_cannot_work_are_refused() -> None:
     problem = smooth_problem()
     episode = problem.episode
     with pytest.raises(ValueError, match="batches=1 must be at least 2"):
-        Problem.draw(problem.objective, problem.start, episode, 1, 6)
+        Problem.sample(problem.objective, problem.start, episode, 1, 6)
     with pytest.raises(ValueError, match="batch_size=31 must be from 1 to 30, the examples of a task"):
-        Problem.draw(problem.objective, problem.start, episode, 2, 31)
+        Problem.sample(problem.objective, problem.start, episode, 2, 31)
 
     class Unknown(Reptile):
         def expansion(self, inner_steps):

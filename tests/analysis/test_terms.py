@@ -30,7 +30,7 @@ def problems(groups=20, size=5, network=None):
     phi = tree.detach(dict(network.named_parameters()))
     data = SinusoidDataModule(train_shots=30)
     numbers = [torch.arange(size * g, size * (g + 1)) for g in range(groups)]
-    return [Problem.draw(Objective(network, True), phi, data.episodes("train", n), BATCHES, 6) for n in numbers]
+    return [Problem.sample(Objective(network, True), phi, data.episodes("train", n), BATCHES, 6) for n in numbers]
 
 
 def test_every_rule_has_the_papers_coefficients_within_the_interval():

@@ -1,4 +1,4 @@
-"""Transforms of training images, drawn by the episode's number: the same on any number of workers."""
+"""Transforms of training images, sampled by the episode's number: the same on any number of workers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Turned:
         return x.rot90(self.turns, (-2, -1))
 
 
-class Drawn:
+class Sampled:
     """A transform with the same random choices wherever it is used, so that its images are a class of their own.
 
     Args:
-        transform: of torchvision's v2, or alike: (M, C, H, W) uint8 to the same, drawing from torch's generator.
+        transform: of torchvision's v2, or alike: (M, C, H, W) uint8 to the same, sampling from torch's generator.
         seed: of the choices.
     """
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomal.data.images.augment import Drawn, Turned, Variant, augmented
+from fomal.data.images.augment import Sampled, Turned, Variant, augmented
 from fomal.data.images.image_format import ImageFormat
 from fomal.data.images.store import Cached, Decoding
 from fomal.tasks.datamodule import EpisodeDataModule, split_index
@@ -82,9 +82,9 @@ class ImageDataModule(EpisodeDataModule):
         ways: classes per task, at least 2.
         rotations: each training class turned by 0, 90, 180 and 270 degrees makes four classes.
         new_classes: transforms, e.g. of torchvision's v2, each of which makes a further class of each training class;
-            a random one draws once and for all.
-        class_transforms: transforms of training images, drawn for each class of a task.
-        image_transforms: transforms of training images, drawn for each image of a task, thereafter.
+            a random one is sampled once and for all.
+        class_transforms: transforms of training images, sampled for each class of a task.
+        image_transforms: transforms of training images, sampled for each image of a task, thereafter.
         kwargs: see `EpisodeDataModule`.
 
     Attributes:
@@ -116,8 +116,8 @@ class ImageDataModule(EpisodeDataModule):
         self.image_transforms = image_transforms or []
         if self.on_device and (self.class_transforms or self.image_transforms):
             raise ValueError(
-                "on_device=True: class_transforms and image_transforms draw on the CPU: leave on_device out, or use "
-                "new_classes, which are drawn once and for all."
+                "on_device=True: class_transforms and image_transforms sample on the CPU: leave on_device out, or use "
+                "new_classes, which are sampled once and for all."
             )
         self.classes = {}
         self._resident: dict[tuple[str, torch.device], ClassImages] = {}
@@ -131,7 +131,7 @@ class ImageDataModule(EpisodeDataModule):
         if not self.classes:
             classes = self.load()
             variants: list[Variant] = [Turned(turns) for turns in (1, 2, 3)] if self.rotations else []
-            variants += [Drawn(transform, place) for place, transform in enumerate(self.new_classes)]
+            variants += [Sampled(transform, place) for place, transform in enumerate(self.new_classes)]
             if variants and "train" in classes:
                 classes["train"] = classes["train"].varied(variants)
             self.classes = classes

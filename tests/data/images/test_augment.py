@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fomal.data.images.augment import Drawn, Turned
+from fomal.data.images.augment import Sampled, Turned
 from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.tasks.datamodule import EpisodeStream
 
@@ -152,7 +152,7 @@ def test_rotations_and_new_classes_add_up() -> None:
     expected = [images.rot90(turns, (-2, -1)) for turns in (1, 2, 3)] + [images.flip(-1)]
     variants = classes["train"].variants
     assert all(torch.equal(variant(images), wanted) for variant, wanted in zip(variants, expected, strict=True))
-    assert [type(variant) for variant in variants] == [Turned] * 3 + [Drawn]
+    assert [type(variant) for variant in variants] == [Turned] * 3 + [Sampled]
 
 
 # -- purity

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fomal.data.images.augment import Drawn, Turned
+from fomal.data.images.augment import Sampled, Turned
 from fomal.data.images.class_images import ClassImages, ImageDataModule
 from fomal.data.images.image_format import ImageFormat
 from fomal.data.images.store import Decoding
@@ -31,7 +31,7 @@ def test_take_gathers_and_turns_as_rot90_does(classes):
 def test_classes_are_rows_of_the_images_in_any_order(classes):
     rows = torch.tensor([7, 3, 11, 0, 5])
     some = ClassImages.of(classes.images, torch.tensor([2, 3]), rows)
-    variants = [Turned(2), Drawn(v2.RandomVerticalFlip(1.0), 0)]
+    variants = [Turned(2), Sampled(v2.RandomVerticalFlip(1.0), 0)]
     some = some.select(torch.tensor([1, 0])).varied(variants).select(torch.tensor([5, 0, 1, 3]))
     assert some.counts.tolist() == [2, 3, 3, 2]
     taken = some.take(torch.arange(4).view(1, 4), torch.tensor([[[0, 1], [2, 0], [1, 1], [1, 0]]]))[0]  # (4, 2, ...)
@@ -95,7 +95,7 @@ def test_a_split_that_there_is_not_is_refused_when_it_is_asked_for(classes):
 
 
 def test_resident_classes_hold_the_same_images_varied_already(classes):
-    variants = [Turned(1), Drawn(v2.RandomHorizontalFlip(0.5), 7)]
+    variants = [Turned(1), Sampled(v2.RandomHorizontalFlip(0.5), 7)]
     some = classes.select(torch.tensor([2, 0])).varied(variants)
     moved = some.resident(torch.device("meta"))
     assert {t.device.type for t in moved[:5]} == {"meta"}
@@ -108,7 +108,7 @@ def test_resident_classes_hold_the_same_images_varied_already(classes):
 
 
 def test_on_device_is_refused_without_the_images_in_memory(classes):
-    with pytest.raises(ValueError, match="class_transforms and image_transforms draw on the CPU: leave on_device out"):
+    with pytest.raises(ValueError, match="image_transforms sample on the CPU: leave on_device out"):
         ImageDataModule(on_device=True, image_transforms=[v2.RandomHorizontalFlip()])
     data = ImageDataModule(ways=3, on_device=True)
     data.classes = {"train": classes._replace(images=Decoding(None, ["a"] * 13, ImageFormat(4, 4)))}
