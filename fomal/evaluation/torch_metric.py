@@ -18,9 +18,10 @@ class TorchMetric(TaskMetric):
     """A metric of torchmetrics, computed for each task by itself.
 
     Those of `torchmetrics.classification` get, of int64 labels, the probabilities of all labels (N, C) and the labels
-    (N,), an example's many labels one after the other, and `num_classes` is C where it is not given; of targets that
-    are 0 or 1 they get both shaped as the targets. Others get predictions and targets (Q, *target) as they are.
-    Values have torchmetrics' own precision, mostly 32 bits.
+    (N,), an example's many labels one after the other, and `num_classes` is C where it is not given; `Binary...` ones
+    get the probability of the second of two classes. Of targets that are 0 or 1 they get both shaped as the targets.
+    Others get predictions and targets (Q, *target) as they are. Values have torchmetrics' own precision, mostly 32
+    bits.
 
     Args:
         metric: its class path, e.g. "torchmetrics.classification.MulticlassAUROC".
@@ -51,6 +52,7 @@ class TorchMetric(TaskMetric):
         self.higher_is_better = said if higher_is_better is None else higher_is_better
         module = self.kind.__module__
         self.classifies = module.startswith("torchmetrics.classification.")
+        self.is_binary = self.classifies and self.kind.__name__.startswith("Binary")
         self._make(2)
 
     def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
@@ -61,6 +63,8 @@ class TorchMetric(TaskMetric):
             prediction, y = prediction.flatten(0, -2), y.flatten()  # (N, C), (N,)
             prediction = prediction.softmax(-1) if self.logits else prediction
         made = self._make(prediction.shape[-1]).to(y.device)
+        if self.is_binary and prediction.ndim > y.ndim:
+            prediction = prediction[:, 1]
         made.update(prediction, y)
         value: Tensor = made.compute()
         return value
@@ -70,6 +74,11 @@ class TorchMetric(TaskMetric):
         refuse_several(self, prediction, y)
         if self.classifies and not y.is_floating_point():
             refuse_numbers(self, prediction, y)
+            if self.is_binary and prediction.shape[-1] != 2:
+                raise ValueError(
+                    f"metric {self.name}, {self.kind.__name__}, is of two classes, but there are "
+                    f"{prediction.shape[-1]}: use one whose name begins with Multiclass."
+                )
         elif prediction.shape != y.shape:
             raise ValueError(
                 f"metric {self.name} compares each target with its prediction, but {tuple(prediction.shape[2:])} is "

@@ -19,16 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from fomal.engine.chunking import Chunks
 from fomal.engine.cuda_graph import CAPTURES, Capture, Captured
 from fomal.engine.tracing import Tracer
-from fomal.evaluation.figures import Quantity, reported
 from fomal.evaluation.means import TaskMean
 from fomal.evaluation.metrics import Metric, check_metrics
-from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate, in_order, metrics_of
-from fomal.evaluation.tally import Tally
 from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
 from fomal.inner.loss_of_targets import looks_like_labels
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.learner.evaluating import Evaluating
 from fomal.learner.preflight import (
     check_epochs,
     check_monitors,
@@ -81,7 +79,7 @@ SKIPPED_AT_MOST = 100
 where nine of ten tasks are not finite and a meta-batch has one, so many in a row come once in 37,000 times."""
 
 
-class MetaLearner(RefusesMoved, L.LightningModule):
+class MetaLearner(RefusesMoved, Evaluating):
     """Learns an initialisation of `network` from which a few inner steps solve a new task.
 
     Optimisation is manual: in each meta-iteration `rule` adapts a meta-batch of tasks with `inner_optimizer` and
@@ -151,18 +149,18 @@ class MetaLearner(RefusesMoved, L.LightningModule):
         self.outer = outer
         self.execution = execution
         self.metrics = metrics
+        self.results = {}
+        self._tally = None
         self.captured: Captured | None = None
         self.carried: State | None = None
         self.skipped_tasks = 0
         self._skipped_in_a_row = 0
         self.config: dict[str, Any] = {}
-        self.results: dict[str, Any] = {}
         self.watch = Watch()
         # Nothing is left for torchmetrics to reduce: training losses are means over processes already, and the
         # figures of an evaluation are reduced all at once.
         self.train_losses = TaskMean(2, sync_on_compute=False)  # on the first and on the last mini-batch
         self.train_losses.persistent(True)  # so that a resumed run logs what an uninterrupted one does
-        self._tally: Tally | None = None  # no module: it begins with each evaluation, and is nothing to be saved
 
     @property
     def execution(self) -> Execution:
@@ -437,73 +435,6 @@ class MetaLearner(RefusesMoved, L.LightningModule):
     def _outer(self, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
         """See `configure_optimizers`."""
         return self.outer.build(parameters, total_steps(self.trainer))
-
-    # -- evaluation
-
-    def metrics_for(self, y: Tensor) -> list[Metric]:
-        """The metrics of targets y (T, Q, *target): those given, or the loss's own."""
-        return metrics_of(self.objective.for_queries().loss_of(y), y) if self.metrics is None else self.metrics
-
-    def evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
-        """Adapt to the support sets, predict the query sets and measure; changes neither weights nor carried state."""
-        refuse_others(episode)
-        if episode.device.type == "cpu":
-            episode.refuse_nonfinite()
-        if not episode.query_examples:
-            raise ValueError("Episode.query_x has no examples: an evaluation needs one at least.")
-        groups = episode.by_size()
-        return in_order([self._evaluate(group) for _, group in groups], [places for places, _ in groups])
-
-    def _evaluate(self, episode: Episode) -> ClassificationResult | RegressionResult:
-        """Evaluate tasks of one size."""
-        inner, schedule = self.inner_loop(episode, training=False), self.eval_schedule
-        report = schedule.report_steps if isinstance(schedule, EvalSchedule) else None
-        return evaluate(inner, self.initialisation(), self.chunks, self.metrics_for(episode.query_y), report)
-
-    def validation_step(self, batch: Episode, batch_idx: int) -> None:
-        """Evaluate a batch of tasks."""
-        if self._tally is None:
-            self._tally = Tally(self.device)
-        self._tally.add(batch.number, self.evaluate(batch), self.metrics_for(batch.query_y), batch.weight)
-
-    def test_step(self, batch: Episode, batch_idx: int) -> None:
-        """Evaluate a batch of tasks."""
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: Episode, batch_idx: int) -> dict[str, Any]:
-        """The predictions for a batch of tasks, with episode numbers, true targets and, where they differ, sizes."""
-        result = self.evaluate(batch)
-        sizes = {} if batch.query_size is None else {"query_size": batch.query_size}
-        return {"number": batch.number, "query_y": batch.query_y, **sizes, **result._asdict()}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation figures."""
-        self.log_dict(self.evaluation_figures("val") | {"step": float(self.global_step)})
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test figures."""
-        self.log_dict(self.evaluation_figures("test"))
-
-    def evaluation_figures(self, stage: str) -> dict[str, Tensor]:
-        """The figures of the evaluated tasks, which are forgotten then; `results` has it too."""
-        tally, self._tally = self._tally or Tally(self.device), None
-        figures, self.results = tally.finish(stage)
-        return figures
-
-    def try_metrics(self, episode: Episode) -> dict[str, Quantity]:
-        """Measure the first of some tasks before adaptation, where nothing else happens.
-
-        Returns:
-            The figures that an evaluation of such tasks may give, by their names.
-
-        Raises:
-            ValueError: a metric does not fit, in its words.
-        """
-        (_, episode), *_ = episode.by_size()
-        inner, metrics = self.inner_loop(episode, training=False).sample(0), self.metrics_for(episode.query_y)
-        with torch.random.fork_rng(devices=[]):
-            result = evaluate(inner, self.initialisation(), Chunks(1), metrics)
-        return {figure.name: figure for figure in reported(metrics, isinstance(result, ClassificationResult), True)}
 
     # -- checks before work starts, and checkpoints
 

@@ -63,6 +63,8 @@ class EvalSchedule(InnerSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.report_steps, list | tuple | None):
+            raise ValueError(f"model.eval.report_steps={self.report_steps!r} must be a list of steps, or null.")
         for step in self.report_steps or ():
             countable(MANY, **{"model.eval.report_steps": step})
             if step > self.steps:

@@ -157,6 +157,17 @@ def test_a_metric_of_torchmetrics_by_its_path(logits: bool) -> None:
     torch.testing.assert_close(measured(r2, OUTPUTS, TARGETS), (1 - residual).mean(1).double(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_binary_metric_of_two_classes_is_of_the_second() -> None:
+    auroc = TorchMetric("torchmetrics.classification.BinaryAUROC", "auroc")
+    y = torch.arange(Q).remainder(2).expand(T, Q)
+    for t, value in enumerate(measured(auroc, LOGITS[..., :2], y)):
+        score = LOGITS[t, :, 1] - LOGITS[t, :, 0]
+        pairs = score[y[t] == 1][:, None] - score[y[t] == 0]
+        assert value.item() == pytest.approx((pairs > 0).double().mean().item())
+    with pytest.raises(ValueError, match="^metric auroc, BinaryAUROC, is of two classes, but there are 4: use"):
+        measured(auroc, LOGITS, LABELS)
+
+
 class Wrong(ExampleMetric):
     """Returns what it is told to."""
 

@@ -171,6 +171,29 @@ def test_callbacks_that_monitor_know_the_direction(kind: Any, tmp_path: Path) ->
     fit("val/distance", "max")
 
 
+def test_metrics_in_the_place_of_others_are_checked_too() -> None:
+    learner, episode = sine_learner(metrics=[QueryLoss()]), SinusoidDataModule().episodes("test", torch.arange(2))
+    learner.metrics = [MeanAbsoluteError("cm")]
+    assert list(learner.evaluate(episode).figures) == ["absolute_error"]
+    learner.metrics = [QueryLoss(), QueryLoss()]
+    with pytest.raises(ValueError, match="^two figures of model.metrics would be called 'loss"):
+        learner.evaluate(episode)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (7, "=7 must be a list of steps, or null"),
+        ([6], r"=\[6\] has step 6, but model.eval.steps=5: leave it out, or take more steps"),
+        ([True], "=True must be a whole number"),
+        ([-1], "=-1 must not be negative"),
+    ],
+)
+def test_steps_that_cannot_be_reported_are_refused(steps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^model.eval.report_steps{message}"):
+        EvalSchedule(5, report_steps=steps)
+
+
 def test_replicas_have_the_same_metrics() -> None:
     def learner(*metrics: Metric) -> MetaLearner:
         return sine_learner(metrics=list(metrics))

@@ -87,8 +87,9 @@ def train(rule: str, precision: str, devices: int, count: Callback | None = None
     run.test(learner, datamodule=data, verbose=False)
     results["test"] = dict(learner.results["metrics"])
     results["by_step"] = {name: value for name, value in learner.results.items() if "_by_step" in name}
-    run.test(learner, datamodule=Blobs(test_tasks=2), verbose=False)  # of four processes two have none
-    results["few"] = dict(learner.results["metrics"])
+    if learner.metrics is not None:
+        run.test(learner, datamodule=Blobs(test_tasks=2), verbose=False)  # of four processes two have none
+        results["few"] = dict(learner.results["metrics"])
     return {"weights": weights(learner), "carried": learner.carried, "results": results}
 
 
