@@ -125,7 +125,18 @@ def _wrong_value(text: str, parser: ArgumentParser) -> str | None:
     if found:
         return f"{_key(text[: found.start()])}={found[2]}: expected {_type(found[1])}."
     found = re.search(r"Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", text)
-    return f"{_key(text[: found.start()])}={found[2]}: expected one of {_type(found[1])}." if found else None
+    if not found:
+        return None
+    line, torchs = f"{_key(text[: found.start()])}={found[2]}: ", re.search(r"torch\.nn\.(\w+Loss)\b", found[2])
+    if torchs and re.search(r"\bLoss\b", _type(found[1])):
+        return f"{line}a loss of torch's is written {_as_ours(torchs[1])}."
+    return f"{line}expected one of {_type(found[1])}."
+
+
+def _as_ours(torchs: str) -> str:
+    if torchs == "CrossEntropyLoss":
+        return "fomal.inner.CrossEntropy"
+    return f"{{class_path: fomal.inner.Elementwise, init_args: {{loss: torch.nn.{torchs}}}}}"
 
 
 def _key(text: str) -> str:

@@ -111,6 +111,17 @@ def mean_loss(loss: Loss, forward: Forward, x: Data, y: Data) -> Tensor:
     return mean_over_examples(*losses_and_weights(loss, forward, x, y))
 
 
+def refuse_torchs(**losses: Any) -> None:
+    """Raise ValueError, naming the argument, for a loss that is neither a `Loss` nor None."""
+    for name, loss in losses.items():
+        if not isinstance(loss, Loss | None):
+            given = type(loss).__name__
+            raise ValueError(
+                f"{name}={given} is no fomal.inner.Loss: give one of fomal.inner, such as CrossEntropy(), or "
+                f"Elementwise(...) around a loss of torch's, or a subclass of your own."
+            )
+
+
 def check_loss(loss: Loss, forward: Forward, x: Data, y: Data, ways: int) -> None:
     """Try a loss on a mini-batch of one task; see `Loss.check`, whose arguments these are.
 

@@ -22,7 +22,7 @@ from fomal.engine.tracing import Tracer
 from fomal.evaluation.means import TaskMean
 from fomal.evaluation.metrics import Metric, check_metrics
 from fomal.inner.loop import InnerLoop, gather_examples
-from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing
+from fomal.inner.loss import Loss, check_loss, kinds, refuse_missing, refuse_torchs
 from fomal.inner.loss_of_targets import looks_like_labels
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer, State
@@ -145,6 +145,7 @@ class MetaLearner(RefusesMoved, Evaluating):
         self.adapt = adapt
         self.train_schedule: InnerSchedule = train
         self.eval_schedule: InnerSchedule = eval
+        refuse_torchs(loss=loss, query_loss=query_loss)
         self.loss, self.query_loss = loss, query_loss
         self.outer = outer
         self.execution = execution

@@ -15,11 +15,6 @@ def stack(tree: Mapping[str, Tensor], tasks: int) -> Tree:
     return {name: t.expand(tasks, *t.shape) for name, t in tree.items()}
 
 
-def mean(tree: Mapping[str, Tensor]) -> Tree:
-    """Mean over the task axis."""
-    return {name: t.mean(0) for name, t in tree.items()}
-
-
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """The difference a - b."""
     return {name: t - b[name] for name, t in a.items()}

@@ -190,6 +190,15 @@ def test_trainer_defaults(printed) -> None:
         (["--trainer.logger", "CSVLoger"], r"trainer.logger=CSVLoger: .* did you mean lightning.*CSVLogger"),
         (["--model.train.steps", "x"], r"^model.train.steps=x: expected int\.$"),
         (["--data.shots", "x"], r"^data.shots=x: expected int\.$"),
+        (
+            ["--model.loss", "torch.nn.HuberLoss"],
+            r"^model.loss=torch.nn.HuberLoss: a loss of torch's is written \{class_path: fomal.inner.Elementwise, "
+            r"init_args: \{loss: torch.nn.HuberLoss\}\}\.$",
+        ),
+        (
+            ["--model.query_loss={class_path: torch.nn.CrossEntropyLoss}"],
+            r"^model.query_loss=.*: a loss of torch's is written fomal.inner.CrossEntropy\.$",
+        ),
         (["--model.inner_state", "reste"], r"^model.inner_state=reste: expected one of 'carried', 'reset'\.$"),
         (["--config", "{model: {train: {stepz: 3}}}"], r"no option model.train.stepz - did you mean model.train.steps"),
         (["--config", "{data: {init_args: {shotz: 3}}}"], r"no option data.shotz of .* did you mean shots\?"),

@@ -193,3 +193,11 @@ def test_rows_of_many_labels_and_of_several_predictions() -> None:
         {"query_y": torch.tensor([[[5.0, 6.0]]]), "number": torch.tensor([7]), "predictions": predictions}
     )
     assert [(row["target"], row["prediction_0"], row["prediction_1"]) for row in rows] == [(5, 0, 2), (6, 1, 3)]
+
+
+@pytest.mark.parametrize("name", ["loss", "query_loss"])
+def test_a_loss_of_torchs_is_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{name}=HuberLoss is no fomal.inner.Loss: .*, or Elementwise\(...\) around"
+    ):
+        learner(**{name: nn.HuberLoss()})

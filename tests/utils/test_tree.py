@@ -24,9 +24,9 @@ def test_distance_is_euclidean_over_all_parameters_of_a_task():
     torch.testing.assert_close(only, (a["y"] - b["y"]).abs(), rtol=1e-12, atol=0)
 
 
-def test_stack_uses_no_memory_and_mean_undoes_it():
+def test_stack_uses_no_memory():
     a = {"x": torch.randn(4, 5)}
     stacked = tree.stack(a, 7)
     assert stacked["x"].shape == (7, 4, 5)
     assert stacked["x"].untyped_storage().nbytes() == a["x"].untyped_storage().nbytes()
-    torch.testing.assert_close(tree.mean(stacked)["x"], a["x"])
+    assert all(torch.equal(one, a["x"]) for one in stacked["x"])
