@@ -102,7 +102,11 @@ class Adapted:
 
     @torch.no_grad()
     def predict_pixels(self, images: Tensor, transductive: bool = False) -> Predictions:
-        """As `predict`, for images (Q, C, H, W) uint8 that have the format already."""
+        """Do as `predict`, for images (Q, C, H, W) uint8 that have the format already.
+
+        Raises:
+            ValueError: `transductive` of one image, with batch norm.
+        """
         if transductive and len(images) == 1 and has_batch_norm(self.network):
             raise ValueError("transductive=True of one image leaves batch norm nothing to compare it with: give more.")
         params, support = {name: p[None] for name, p in self._parameters().items()}, self._inputs(self.support)

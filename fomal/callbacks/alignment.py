@@ -37,7 +37,7 @@ class GradientAlignment(Callback):
         self._measured_at = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse replicas before any work."""
+        """Raise ValueError for replicas, before any work."""
         if isinstance(pl_module, Replicas):
             raise ValueError("GradientAlignment does not work with replicas: leave one of the two out.")
 

@@ -43,7 +43,10 @@ class AdaptationFigure(Callback):
 
     Args:
         steps: after how many inner steps to draw the prediction; 0 is before the first.
-        task: which validation task.
+        task: number of the validation task.
+
+    Raises:
+        ValueError: a negative step or task.
     """
 
     def __init__(self, steps: Sequence[int] = (0, 1, 8, 32), task: int = 0) -> None:

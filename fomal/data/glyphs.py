@@ -38,6 +38,9 @@ class GlyphDataModule(EpisodeDataModule):
         warp: how far the linear map of an example strays from the identity, at most, in each of its four entries.
         shift: how far an example is moved, at most, in either direction, in sides of the image.
         kwargs: see `EpisodeDataModule`.
+
+    Raises:
+        ValueError: images too small to write in; a size or share out of its range.
     """
 
     def __init__(

@@ -129,7 +129,7 @@ class OmniglotDataModule(ImageFilesDataModule):
         return {split: [names[i] for i in chosen.tolist()] for split, chosen in self.split(names).items()}
 
     def split(self, names: list[str]) -> dict[str, Tensor]:
-        """Choose which of the characters `names` each split has: int64 indices, a pure function of the arguments.
+        """Choose which of the characters `names` each split has: indices (K,) int64, a pure function of the arguments.
 
         Raises:
             ValueError: a split would have none.

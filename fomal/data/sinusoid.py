@@ -27,6 +27,9 @@ class SinusoidDataModule(EpisodeDataModule):
         shots: support points of a validation or test task.
         query_shots: points on the interval at which a validation or test task is judged, at least 2.
         kwargs: see `EpisodeDataModule`.
+
+    Raises:
+        ValueError: fewer than 2 query points.
     """
 
     draws_anywhere: ClassVar[bool] = True

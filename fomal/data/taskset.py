@@ -81,6 +81,9 @@ class TasksetDataModule(EpisodeDataModule):
             `sample()`, that gives tasks (x (n, *input), y (n,)). It may be random by the generators named above only.
         ways: classes per task.
         kwargs: see `EpisodeDataModule`.
+
+    Raises:
+        ValueError: neither or both of `benchmark` and `tasksets`.
     """
 
     partition_settings = frozenset({"benchmark", "partition_seed"})
@@ -139,7 +142,11 @@ class TasksetDataModule(EpisodeDataModule):
             self.episodes(split, torch.zeros(1, dtype=torch.int64))
 
     def episodes(self, split: str, number: Tensor) -> Episode:
-        """Tasks `number` of a split, inputs as the taskset gives them, on the CPU."""
+        """Tasks `number` (T,) int64 of a split, inputs as the taskset gives them, on the CPU.
+
+        Raises:
+            ValueError: there is no taskset for the split, or its task has too few classes or examples.
+        """
         place = split_index(split)
         shots, _ = self.examples(split)
         if split not in self.tasksets:

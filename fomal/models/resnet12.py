@@ -27,6 +27,9 @@ class ResNet12(nn.Module):
         in_channels: channels of the images.
         widths: channels of the four blocks.
         eps: of the batch norm, which uses the statistics of the batch at hand, always; MetaOptNet's 1e-5.
+
+    Raises:
+        ValueError: `widths` are not four.
     """
 
     def __init__(

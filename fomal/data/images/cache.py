@@ -40,7 +40,11 @@ class UnsafeCache(OSError):
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """The folder for cache files: `cache_dir`, or else `$XDG_CACHE_HOME/fomal`, or else `~/.cache/fomal`."""
+    """The folder for cache files: `cache_dir`, or else `$XDG_CACHE_HOME/fomal`, or else `~/.cache/fomal`.
+
+    Raises:
+        RuntimeError: there is no home directory, and neither of the others was given.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -137,6 +141,9 @@ def read_arrays(path: Path) -> Arrays | None:
     Returns:
         The arrays; None where there is no such file, or, with a warning, where it is damaged, was written under
         another name, or can be written by others.
+
+    Raises:
+        OSError: there is one that cannot be read.
     """
     try:
         with open_own(path) as file:

@@ -91,6 +91,9 @@ class ImageDataModule(EpisodeDataModule):
         classes: the classes of each split, after `setup`.
         division_advice: how the user gives a split more classes, for the end of a message.
         image_format: how a user's own image files become such images; None where files mean nothing.
+
+    Raises:
+        ValueError: `on_device` with `class_transforms` or `image_transforms`.
     """
 
     draws_anywhere: ClassVar[bool] = True
@@ -127,7 +130,12 @@ class ImageDataModule(EpisodeDataModule):
         """The classes of each split."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits, whatever the `stage`; cheap when they are loaded already."""
+        """Load all splits, whatever the `stage`; cheap when they are loaded already.
+
+        Raises:
+            ValueError: a split has too few classes, or a class too few images, for a task; `on_device` of images that
+                are not in memory; `rotations` of images that are not square.
+        """
         if not self.classes:
             classes = self.load()
             variants: list[Variant] = [Turned(turns) for turns in (1, 2, 3)] if self.rotations else []
@@ -183,7 +191,11 @@ class ImageDataModule(EpisodeDataModule):
         )
 
     def episodes(self, split: str, number: Tensor) -> Episode:
-        """Tasks `number` of a split, on their device, where the images stay then; uint8 until `preprocess`."""
+        """Tasks `number` (T,) int64 of a split, on their device, where the images stay then; uint8 until `preprocess`.
+
+        Raises:
+            ValueError: the data have no such split.
+        """
         place = split_index(split)
         if split not in self.classes:
             raise ValueError(f"the data have no {split} classes, only those of {', '.join(self.classes)}: add some.")

@@ -119,7 +119,11 @@ class ImageFilesDataModule(ImageDataModule):
         self.check_counts(counts)
 
     def load(self) -> dict[str, ClassImages]:
-        """The classes of each split."""
+        """The classes of each split.
+
+        Raises:
+            ValueError: files cannot be used, and `on_error` is "raise"; or none can.
+        """
         if self._prepared is None:
             source, listing = self.find()
             store, kept = self._load_images(source, listing)

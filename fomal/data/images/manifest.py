@@ -144,7 +144,11 @@ def read_manifests(
     selection: Selection = EVERY,
     on_error: str = "raise",
 ) -> Listing:
-    """As `by_labels`, from the tables' content."""
+    """Do as `by_labels`, from the tables' content.
+
+    Raises:
+        ValueError: no row can be used, or some that cannot are not to be skipped; only some rows have a split.
+    """
     problems: Problems = {}
     rows = [row for manifest in manifests for row in _rows(source, manifest, settings, problems)]
     where = manifests[0].where if len(manifests) == 1 else f"{manifests[0].where} and {len(manifests) - 1} more"
