@@ -1,4 +1,4 @@
-"""Showing the figures of an evaluation: by their metric's unit and direction, which `results.json` has too."""
+"""Units and directions in which the figures of an evaluation are shown, which `results.json` has too."""
 
 from __future__ import annotations
 

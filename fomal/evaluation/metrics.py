@@ -1,4 +1,4 @@
-"""The metrics that predictions are judged by: each has a name, a unit, a direction, and a value for each task."""
+"""Metrics of predictions: each has a name, a unit, a direction, and a value for each task."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _given(y: Data) -> Tensor | None:
 
 
 def _called(metric: Metric, call: Callable[[], Tensor], prediction: Data, y: Data) -> Tensor:
-    """What a metric returns; its errors name it."""
+    """Call a metric; its errors name it."""
     try:
         return call()
     except torch.OutOfMemoryError:

@@ -21,7 +21,7 @@ from fomal.utils.pytree import leaves
 
 @dataclass(frozen=True)
 class _Layout:
-    """What is measured: the same in all processes, of which one may have had no tasks.
+    """The metrics, protocols and steps: the same in all processes, of which one may have had no tasks.
 
     Attributes:
         metrics: name, unit and direction of each.
