@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fomal.adaptation.model import Adapted
-from fomal.models.norm import has_batch_norm
+from fomal.models.norm import has_batch_norm, statistics_of_first, uses_support
 from fomal.utils.checks import first_line, one_of
 from fomal.utils.files import naming
 
@@ -29,8 +29,8 @@ class Exported(nn.Module):
     """The module that is exported: images (B, C, H, W) uint8 of the model's size to probabilities (B, N) float32.
 
     Where an image's answer depends on the others in the batch, by batch norm say, it is seen together with the support
-    set, which is a part of the module; B is 1 then, and the file refuses more. `transductive` leaves the support set
-    out: all images of a batch are seen together.
+    set, which is a part of the module; B is 1 then, and the file refuses more, unless batch norms take the statistics
+    of the support set alone. `transductive` leaves the support set out: all images of a batch are seen together.
     """
 
     support: Tensor
@@ -41,7 +41,9 @@ class Exported(nn.Module):
         self.image_format = model.image_format
         self.dtype = next(p.dtype for p in model.network.parameters() if p.is_floating_point())
         self.register_buffer("support", self._inputs(model.support.to(model.device)))
-        self.one_at_a_time = not transductive and (has_batch_norm(model.network) or self._looks_at_batch())
+        self.behind_support = uses_support(model.network)
+        inductive = not self.behind_support and not transductive
+        self.one_at_a_time = inductive and (has_batch_norm(model.network) or self._looks_at_batch())
 
     def _inputs(self, images: Tensor) -> Tensor:
         return self.image_format.normalize(images).to(self.dtype)
@@ -56,9 +58,14 @@ class Exported(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, N)."""
         x = self._inputs(images)
-        logits = self.network(torch.cat([self.support, x]))[-1:] if self.one_at_a_time else self.network(x)
-        probabilities: Tensor = logits.float().softmax(-1)
+        probabilities: Tensor = self._logits(x).float().softmax(-1)
         return probabilities
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if not self.one_at_a_time and not self.behind_support:
+            return self.network(x)  # type: ignore[no-any-return]
+        with statistics_of_first(len(self.support)):
+            return self.network(torch.cat([self.support, x]))[len(self.support) :]  # type: ignore[no-any-return]
 
 
 def export(model: Adapted, path: Path, kind: Format, transductive: bool = False) -> Exported:

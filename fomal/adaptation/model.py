@@ -28,7 +28,7 @@ from fomal.adaptation.folder import (
 from fomal.adaptation.inputs import ImageLike, decode_all
 from fomal.data.images.image_format import ImageFormat
 from fomal.inner.objective import Objective
-from fomal.models.norm import has_batch_norm
+from fomal.models.norm import has_batch_norm, uses_support
 from fomal.run.schema import MODEL_FORMAT, Mismatch
 from fomal.utils.checks import first_line
 from fomal.utils.files import naming
@@ -107,13 +107,15 @@ class Adapted:
         Raises:
             ValueError: `transductive` of one image, with batch norm.
         """
-        if transductive and len(images) == 1 and has_batch_norm(self.network):
+        alone = transductive and len(images) == 1
+        if alone and has_batch_norm(self.network) and not uses_support(self.network):
             raise ValueError("transductive=True of one image leaves batch norm nothing to compare it with: give more.")
         params, support = {name: p[None] for name, p in self._parameters().items()}, self._inputs(self.support)
         objective = self._settled(support)
         logits = [torch.empty(1, 0, len(self.classes))]
         if transductive:
-            logits.append(objective.predict(params, self._inputs(images)[None]))
+            x = self._inputs(images)[None]
+            logits.append(objective.predict(params, x, objective.support_for(support[None], x)))
         few = max(1, _TOGETHER // (1 + len(support)))
         for start in range(0, 0 if transductive else len(images), few):
             x = self._inputs(images[start : start + few])

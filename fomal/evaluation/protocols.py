@@ -214,7 +214,9 @@ def _together(inner: InnerLoop, params: Tree) -> Predicted:
     """All queries of a task in one forward pass."""
     episode, objective = inner.episode, inner.objective.for_queries()
     return Predicted(
-        episode.query_y, lambda: objective.predict(params, episode.query_x), lambda: inner.query_losses(params)
+        episode.query_y,
+        lambda: objective.predict(params, episode.query_x, inner.support_for_queries()),
+        lambda: inner.query_losses(params),
     )
 
 

@@ -230,8 +230,14 @@ class InnerLoop:
 
     def query_gradients(self, params: Tree) -> Tree:
         """Each task's gradient of the query loss at its own stacked parameters."""
-        return self.objective.for_queries().gradients(params, self.episode.query_x, self.episode.query_y)[0]
+        x, y = self.episode.query_x, self.episode.query_y
+        return self.objective.for_queries().gradients(params, x, y, support=self.support_for_queries())[0]
 
     def query_losses(self, params: Tree) -> Tensor:
         """Each task's query loss, (T,), at its own stacked parameters."""
-        return self.objective.for_queries().losses(params, self.episode.query_x, self.episode.query_y)
+        x, y = self.episode.query_x, self.episode.query_y
+        return self.objective.for_queries().losses(params, x, y, self.support_for_queries())
+
+    def support_for_queries(self) -> Data | None:
+        """See `Objective.support_for`."""
+        return self.objective.support_for(self.episode.support_x, self.episode.query_x)

@@ -18,6 +18,7 @@ from fomal.engine.tracing import Tracer
 from fomal.inner.loss import Loss, losses_and_weights, mean_loss, mean_over_examples
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.models.norm import statistics_of_first, uses_support
 from fomal.utils import pytree
 from fomal.utils.checks import first_line
 from fomal.utils.fingerprint import Snapshot, settings
@@ -215,7 +216,9 @@ class Objective:
         first = self.gradients(params, x, y)[0]
         return [first, torch.func.grad(squared_norm)(params)] if second_order else [first]
 
-    def gradients(self, params: Tree, x: Data, y: Data, common: Tree | None = None) -> tuple[Tree, Tensor]:
+    def gradients(
+        self, params: Tree, x: Data, y: Data, common: Tree | None = None, support: Data | None = None
+    ) -> tuple[Tree, Tensor]:
         """Each task's loss and its gradient.
 
         Args:
@@ -224,19 +227,21 @@ class Objective:
             y: (T, B, ...) labels or targets.
             common: the network's other parameters, not stacked: all tasks have the same ones, and their gradient is
                 not computed.
+            support: see `support_for`.
 
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        return self.run(("gradients", self.losses_used()), self._gradients, (params, common or {}), x, y)  # type: ignore[no-any-return]
+        args = (params, common or {}), x, y, *_if_given(support)
+        return self.run(("gradients", self.losses_used()), self._gradients, *args)  # type: ignore[no-any-return]
 
-    def _gradients(self, both: tuple[Tree, Tree], x: Data, y: Data) -> tuple[Tree, Tensor]:
+    def _gradients(self, both: tuple[Tree, Tree], x: Data, y: Data, *support: Data) -> tuple[Tree, Tensor]:
         params, common = both
 
-        def loss(params: Tree, x: Data, y: Data) -> Tensor:
-            return self._loss({**common, **params}, x, y)
+        def loss(params: Tree, x: Data, y: Data, *support: Data) -> Tensor:
+            return self._loss({**common, **params}, x, y, *support)
 
-        return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y)  # type: ignore[no-any-return]
+        return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y, *support)  # type: ignore[no-any-return]
 
     def step(
         self, optimizer: InnerOptimizer, params: Tree, state: State, x: Data, y: Data, common: Tree
@@ -279,13 +284,22 @@ class Objective:
         with plain_attention():
             return torch.func.grad(along)(params)  # type: ignore[no-any-return]
 
-    def losses(self, params: Tree, x: Data, y: Data) -> Tensor:
-        """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...)."""
-        return self.run(("losses", self.losses_used()), self._over_tasks(self._loss), params, x, y)  # type: ignore[no-any-return]
+    def losses(self, params: Tree, x: Data, y: Data, support: Data | None = None) -> Tensor:
+        """Each task's loss, (T,), on x (T, B, *input) and y (T, B, ...); for `support` see `support_for`."""
+        args = params, x, y, *_if_given(support)
+        return self.run(("losses", self.losses_used()), self._over_tasks(self._loss), *args)  # type: ignore[no-any-return]
 
-    def predict(self, params: Tree, x: Data) -> Data:
-        """Predictions (T, B, *prediction) with all of a task's inputs x (T, B, *input) in one forward pass."""
-        return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), params, x)
+    def predict(self, params: Tree, x: Data, support: Data | None = None) -> Data:
+        """Predictions (T, B, *prediction) with all of a task's inputs x (T, B, *input) in one forward pass.
+
+        For `support` see `support_for`.
+        """
+        args = params, x, *_if_given(support)
+        return self.run(("predict", self.losses_used()), self._over_tasks(self._prediction), *args)
+
+    def support_for(self, support_x: Data, query_x: Data) -> Data | None:
+        """The support sets (T, S, *input), where batch norms take their statistics for the queries; else None."""
+        return support_x if uses_support(self.network) and _kinds(support_x) == _kinds(query_x) else None
 
     def predict_inductive(self, params: Tree, support_x: Data, query_x: Data) -> Data:
         """Predictions (T, Q, *prediction), each query forwarded together with the whole support set and nothing else.
@@ -303,8 +317,7 @@ class Objective:
         def one(params: Tree, support: Data, query: Data) -> Data:
             """(S, *input) and (*input) to (*prediction)."""
             query = map_leaves(lambda t: t[None], query)
-            x = map_leaves(lambda *parts: torch.cat(parts), support, query) if together else query
-            return map_leaves(lambda t: t[-1], self._prediction(params, x))
+            return map_leaves(lambda t: t[0], self._prediction(params, query, support if together else None))
 
         def task(params: Tree, support: Data, queries: Data) -> Data:
             if self.vectorize:
@@ -325,10 +338,10 @@ class Objective:
         together = _kinds(support) == _kinds(query)
 
         def one(params: Tree, support: Data, query: Data) -> tuple[Tensor, Tensor]:
-            query = map_leaves(lambda t: t[None], query)
-            x, y = map_leaves(lambda *parts: torch.cat(parts), support, query) if together else query
-            losses, weights = losses_and_weights(self.loss_of(y), partial(self._forward, params), x, y)
-            return losses[-1], losses.new_ones(()) if weights is None else weights[-1]
+            x, y = map_leaves(lambda t: t[None], query)
+            forward = partial(self._forward, params, support=support[0] if together else None)
+            losses, weights = losses_and_weights(self.loss_of(y), forward, x, y)
+            return losses[0], losses.new_ones(()) if weights is None else weights[0]
 
         def task(params: Tree, support: Data, queries: Data) -> Tensor:
             if self.vectorize:
@@ -346,14 +359,21 @@ class Objective:
             return function(*args)
         return self.tracer(name, function, *args)
 
-    def _forward(self, params: Tree, x: Data) -> Data:
-        return forward(self.network, params, x)
+    def _forward(self, params: Tree, x: Data, support: Data | None = None) -> Data:
+        """The network's outputs for x (B, *input), in one batch behind the support set (S, *input) if there is one."""
+        if support is None:
+            return forward(self.network, params, x)
+        examples = len(leaves(support)[0])
+        with statistics_of_first(examples):
+            outputs = forward(self.network, params, map_leaves(lambda *parts: torch.cat(parts), support, x))
+        return map_leaves(lambda t: t[examples:], outputs)
 
-    def _prediction(self, params: Tree, x: Data) -> Data:
-        return self._forward(params, x) if self.loss is None else self.loss.predict(partial(self._forward, params), x)
+    def _prediction(self, params: Tree, x: Data, support: Data | None = None) -> Data:
+        forward = partial(self._forward, params, support=support)
+        return forward(x) if self.loss is None else self.loss.predict(forward, x)
 
-    def _loss(self, params: Tree, x: Data, y: Data) -> Tensor:
-        return mean_loss(self.loss_of(y), partial(self._forward, params), x, y)
+    def _loss(self, params: Tree, x: Data, y: Data, support: Data | None = None) -> Tensor:
+        return mean_loss(self.loss_of(y), partial(self._forward, params, support=support), x, y)
 
     def _over_tasks(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         if self.vectorize:
@@ -370,6 +390,10 @@ class Objective:
             return pytree.stack([fn(*map_leaves(lambda leaf, t=t: leaf[t], args)) for t in range(tasks)])
 
         return looped
+
+
+def _if_given(support: Data | None) -> tuple[Data, ...]:
+    return () if support is None else (support,)
 
 
 def _kinds(x: Data) -> Any:

@@ -309,6 +309,11 @@ class MetaLearner(RefusesMoved, Evaluating):
             data = getattr(self.trainer, "datamodule", None)
             assert isinstance(data, EpisodeDataModule)  # no other gives numbers
             batch = data.draw(batch)
+        if batch.support_size is not None and self.rule.tail_shots is not None and not batch.is_regression:
+            raise ValueError(
+                f"tail_shots={self.rule.tail_shots} keeps examples of each class, but Episode.support_size says that "
+                f"tasks have unequal ones: use tail_shots: null."
+            )
         return [self.inner_loop(group, training=True, state=state) for _, group in batch.by_size()]
 
     def capturing(self, function: Callable[..., MetaGradient], capture: Capture) -> Captured:

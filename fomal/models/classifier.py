@@ -6,13 +6,14 @@ import inspect
 import sys
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from fomal.models.head import find_head, outputs, resize_head
+from fomal.models.norm import set_statistics
 from fomal.utils.checks import positive
 
 ALIASES = {
@@ -32,9 +33,9 @@ class Classifier(nn.Module):
         {factory: torchvision.models.resnet18, options: {weights: DEFAULT}}
         {factory: timm.create_model, options: {model_name: resnet18, pretrained: true}}
 
-    Batch norm will use the statistics of the batch at hand: `MetaLearner` replaces torch's, since running averages
-    mean nothing between tasks, so those of pretrained weights are not used. Images go to the network as the data
-    module makes them: those of ImageNet's mean and standard deviation are not applied here.
+    Batch norm will use the statistics of the batch at hand, unless `statistics` says otherwise: `MetaLearner` replaces
+    torch's, since running averages mean nothing between tasks, so those of pretrained weights are not used. Images go
+    to the network as the data module makes them: those of ImageNet's mean and standard deviation are not applied here.
 
     Args:
         factory: import path of a function or class that makes a module from images (B, C, H, W) to logits.
@@ -42,6 +43,7 @@ class Classifier(nn.Module):
         options: keyword arguments for it.
         in_channels: channels of the images, for a factory that names them so, or `in_chans`, where options do not.
         image_size: height and width of the images, or both, for a factory that names it so, or `img_size`, likewise.
+        statistics: of the batch norms, "support" or "running", see `Normalized`; null: those of the batch.
 
     Raises:
         ValueError: there is nothing to import at `factory`, nothing says that it makes a network (then it is not
@@ -55,6 +57,7 @@ class Classifier(nn.Module):
         options: dict[str, Any] | None = None,
         in_channels: int | None = None,
         image_size: int | tuple[int, int] | None = None,
+        statistics: Literal["batch", "support", "running"] | None = None,
     ) -> None:
         super().__init__()
         positive(ways=ways)
@@ -68,6 +71,8 @@ class Classifier(nn.Module):
         _adjust(network)
         self.factory = factory
         self.network = network
+        if statistics is not None:
+            set_statistics(self, statistics)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, ways).

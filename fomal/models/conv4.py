@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.models.norm import BatchNorm
+from fomal.models.norm import BatchNorm, set_statistics
 from fomal.utils.checks import WIDE, fits_as_weights, height_and_width, nonnegative, one_of, positive
 
 
@@ -27,6 +27,7 @@ class Conv4(nn.Module):
             "symmetric" pads one pixel on every side.
         init: "released" is Glorot-uniform with zero biases, as the released code; "torch" keeps torch's defaults.
         eps: of the batch norm.
+        statistics: of the batch norm, see `BatchNorm`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Conv4(nn.Module):
         padding: Literal["tensorflow", "symmetric"] = "tensorflow",
         init: Literal["released", "torch"] = "released",
         eps: float = 1e-3,
+        statistics: Literal["batch", "support"] = "batch",
     ) -> None:
         super().__init__()
         height, width = height_and_width(image_size)
@@ -47,6 +49,7 @@ class Conv4(nn.Module):
         one_of(("stride", "pool"), downsample=downsample)
         one_of(("tensorflow", "symmetric"), padding=padding)
         one_of(("released", "torch"), init=init)
+        one_of(("batch", "support"), statistics=statistics)
         weights = 9 * filters * (in_channels + 3 * filters) + filters * -(-height // 16) * -(-width // 16) * ways
         sizes = {"ways": ways, "in_channels": in_channels, "image_size": image_size, "filters": filters}
         fits_as_weights("the network", weights, **sizes)
@@ -56,6 +59,7 @@ class Conv4(nn.Module):
             blocks.append(_Block(channels, filters, (height, width), downsample, padding, eps))
             height, width, channels = -(-height // 2), -(-width // 2), filters
         self.blocks = nn.Sequential(*blocks)
+        set_statistics(self, statistics)
         self.head = nn.Linear(filters * height * width, ways)
         if init == "released":
             _glorot(self)

@@ -1,32 +1,63 @@
-"""Batch norm that always normalises with the statistics of the batch at hand."""
+"""Batch norm by the statistics of the batch at hand, of the support set alone, or of running averages.
+
+Which of them it is belongs to the network: `BatchNorm(statistics=...)`, or `Normalized` around any network.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, positive
+from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, one_of, positive
+
+_FIRST: ContextVar[int | None] = ContextVar("_FIRST", default=None)
+
+
+@contextmanager
+def statistics_of_first(examples: int) -> Iterator[None]:
+    """Within it, the batch norms that take the statistics of the support set take those of the first examples."""
+    token = _FIRST.set(examples)
+    try:
+        yield
+    finally:
+        _FIRST.reset(token)
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the second, with batch statistics in training and evaluation alike.
+    """Batch norm over all axes but the second, in training and evaluation alike without running averages.
 
-    There are no running averages, as in the released Reptile code. Computes in float32 at least, so that it is
+    Computes in float32 at least, so that it is
     right under autocast, and can be vectorised over tasks.
 
     Args:
         features: channels, the size of the second axis.
         eps: added to the variance; the released code's 1e-3.
         affine: whether to learn a scale and a shift.
+        statistics: "batch" normalises with mean and variance of the whole batch, as the released Reptile code; where
+            queries are judged, "support" with those of the task's support set alone, so that what is said of a query
+            depends on no other one. On a mini-batch of an inner step both are the same.
     """
 
-    def __init__(self, features: int, eps: float = 1e-3, affine: bool = True) -> None:
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-3,
+        affine: bool = True,
+        statistics: Literal["batch", "support"] = "batch",
+    ) -> None:
         super().__init__()
+        one_of(("batch", "support"), statistics=statistics)
         positive(WIDE, features=features)
         nonnegative(eps=eps)
         fits_as_weights("the layer", 2 * features, features=features)
         self.eps = eps
+        self.statistics: str = statistics
         self.weight = nn.Parameter(torch.ones(features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(features)) if affine else None
 
@@ -34,7 +65,9 @@ class BatchNorm(nn.Module):
         """(B, C, ...) to the same shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            if self.weight is None and self.bias is None:
+            if self.statistics == "support" and (first := _FIRST.get()) is not None:
+                y = _scaled(_normalized(wide, wide[:first], self.eps), self.weight, self.bias)
+            elif self.weight is None and self.bias is None:
                 y = nn.functional.batch_norm(wide, None, None, training=True, eps=self.eps)
             else:
                 features = x.shape[1]
@@ -52,9 +85,97 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if has_torch_function((x, weight, bias)):
         return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps)
     # Apart, because torch's batch norm with weights of its own has a wrong second derivative under vmap.
-    channels = (-1,) + (1,) * (x.dim() - 2)
-    y = nn.functional.batch_norm(x, None, None, training=True, eps=eps)
-    return y * weight.view(channels) + bias.view(channels)
+    return _scaled(nn.functional.batch_norm(x, None, None, training=True, eps=eps), weight, bias)
+
+
+def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Scale y (B, C, ...) by weight (C,) and shift it by bias (C,)."""
+    channels = (-1,) + (1,) * (y.dim() - 2)
+    y = y if weight is None else y * weight.view(channels)
+    return y if bias is None else y + bias.view(channels)
+
+
+def _normalized(x: Tensor, of: Tensor, eps: float) -> Tensor:
+    """X (B, C, ...) less the mean, and by the standard deviation, that each channel has in `of` (n, C, ...)."""
+    axes = [0, *range(2, of.dim())]
+    variance, mean = torch.var_mean(of, axes, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm (B, C, ...) by running averages that stay as they are; scale and shift are parameters as usual.
+
+    Args:
+        norm: a batch norm of torch or timm with running averages.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.eps: float = norm.eps  # type: ignore[assignment]
+        self.weight: nn.Parameter | None = norm.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = norm.bias  # type: ignore[assignment]
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, norm.get_buffer(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) to the same shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        channels = (-1,) + (1,) * (x.dim() - 2)
+        with torch.autocast(x.device.type, enabled=False):
+            root = torch.rsqrt(self.running_var.to(wide.dtype) + self.eps)
+            y = (wide - self.running_mean.to(wide.dtype).view(channels)) * root.view(channels)
+            return _scaled(y, self.weight, self.bias).to(x.dtype)
+
+
+def set_statistics(network: nn.Module, statistics: str) -> None:
+    """Let all batch norms within a network, of torch, timm or fomal, take their statistics from where it is said.
+
+    Args:
+        network: changed in place; parameters stay.
+        statistics: "batch" or "support", see `BatchNorm`, or "running", the averages that the network has.
+
+    Raises:
+        ValueError: there is no batch norm, or one without running averages where these are wanted.
+    """
+    one_of(("batch", "support", "running"), statistics=statistics)
+    own = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    known = [module for module in network.modules() if _is_known(module)]
+    if not own and not known:
+        raise ValueError(f"statistics={statistics!r}, but there is no batch norm in the network.")
+    if statistics != "running":
+        _replace(network, lambda norm: BatchNorm(norm.num_features, norm.eps, affine=False))  # type: ignore[arg-type]
+        for module in network.modules():
+            if isinstance(module, BatchNorm):
+                module.statistics = statistics
+        return
+    if own or any(module.running_mean is None for module in known):
+        raise ValueError("statistics='running', but a batch norm has no running averages: use 'support' or 'batch'.")
+    _replace(network, FrozenBatchNorm)
+
+
+class Normalized(nn.Module):
+    """A network whose batch norms, of torch, timm or fomal, take their statistics from where it is said.
+
+    Args:
+        network: any module; its batch norms are replaced in place, their parameters stay.
+        statistics: "batch" and "support", see `BatchNorm`; "running" keeps the running averages that the network
+            has, e.g. with pretrained weights, and never changes them.
+
+    Raises:
+        ValueError: there is no batch norm, or one without running averages where these are wanted.
+    """
+
+    def __init__(self, network: nn.Module, statistics: Literal["batch", "support", "running"] = "support") -> None:
+        super().__init__()
+        self.network = network
+        set_statistics(self, statistics)
+
+    def forward(self, x: Any) -> Any:
+        """The network's outputs."""
+        return self.network(x)
 
 
 KNOWN = {
@@ -86,16 +207,26 @@ def use_batch_statistics(network: nn.Module) -> list[str]:
             f"the network is a {type(network).__name__} itself, which cannot be replaced in its place: use "
             f"fomal.models.BatchNorm, or put it into a torch.nn.Sequential."
         )
+    return _replace(network, lambda norm: BatchNorm(norm.num_features, norm.eps, affine=False))  # type: ignore[arg-type]
+
+
+def _replace(network: nn.Module, make: Callable[[nn.Module], nn.Module]) -> list[str]:
+    """Put what `make` makes of a batch norm of torch or timm in its place, with its parameters; the names."""
     replaced: list[str] = []
     made: dict[int, nn.Module] = {}  # a norm in several places stays one
     for parent_name, parent in list(network.named_modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and _is_known(child):
                 if id(child) not in made:
-                    made[id(child)] = _with_batch_statistics(child)
+                    made[id(child)] = _in_place_of(child, make(child))
                 parent._modules[name] = made[id(child)]
                 replaced.append(f"{parent_name}.{name}".lstrip("."))
     return replaced
+
+
+def uses_support(network: nn.Module) -> bool:
+    """True where a batch norm takes the statistics of the support set for queries."""
+    return any(isinstance(module, BatchNorm) and module.statistics == "support" for module in network.modules())
 
 
 def other_norms(network: nn.Module) -> list[str]:
@@ -111,9 +242,8 @@ def _is_known(module: nn.Module) -> bool:
     return type(module).__name__ in KNOWN.get(type(module).__module__, ())
 
 
-def _with_batch_statistics(child: nn.Module) -> nn.Module:
-    own = BatchNorm(child.num_features, child.eps, affine=False)  # type: ignore[arg-type]
-    own.weight, own.bias = child.weight, child.bias  # type: ignore[assignment] # keep the parameters themselves
+def _in_place_of(child: nn.Module, own: nn.Module) -> nn.Module:
+    own.weight, own.bias = child.weight, child.bias  # keep the parameters themselves
     norm: nn.Module = own
     if isinstance(act := getattr(child, "act", None), nn.Module):  # timm's norms have one within
         norm = nn.Sequential(own, getattr(child, "drop", nn.Identity()), act)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomal.models.norm import BatchNorm
-from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, numbers, positive
+from fomal.models.norm import BatchNorm, set_statistics
+from fomal.utils.checks import WIDE, fits_as_weights, nonnegative, numbers, one_of, positive
 
 _SLOPE = 0.1  # of the leaky ReLU
 
@@ -26,7 +27,8 @@ class ResNet12(nn.Module):
         ways: classes, the size of the output.
         in_channels: channels of the images.
         widths: channels of the four blocks.
-        eps: of the batch norm, which uses the statistics of the batch at hand, always; MetaOptNet's 1e-5.
+        eps: of the batch norm; MetaOptNet's 1e-5.
+        statistics: of the batch norm, see `BatchNorm`.
 
     Raises:
         ValueError: `widths` are not four.
@@ -38,10 +40,12 @@ class ResNet12(nn.Module):
         in_channels: int = 3,
         widths: Sequence[int] = (64, 160, 320, 640),
         eps: float = 1e-5,
+        statistics: Literal["batch", "support"] = "batch",
     ) -> None:
         super().__init__()
         positive(WIDE, ways=ways, in_channels=in_channels)
         nonnegative(eps=eps)
+        one_of(("batch", "support"), statistics=statistics)
         numbers(widths=widths)
         if len(widths) != 4:
             raise ValueError(f"widths={list(widths)}: ResNet12 has four blocks, give four widths.")
@@ -51,6 +55,7 @@ class ResNet12(nn.Module):
         weights = sum(o * (10 * i + 18 * o) for i, o in zip(inputs, widths, strict=True)) + widths[-1] * ways
         fits_as_weights("the network", weights, ways=ways, in_channels=in_channels, widths=list(widths))
         self.blocks = nn.Sequential(*(_Block(i, o, eps) for i, o in zip(inputs, widths, strict=True)))
+        set_statistics(self, statistics)
         self.head = nn.Linear(widths[-1], ways)
         for module in self.blocks.modules():
             if isinstance(module, nn.Conv2d):

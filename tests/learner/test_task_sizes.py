@@ -256,6 +256,15 @@ def test_tensors_by_name_and_of_the_task_are_as_one_tensor(tmp_path: Path) -> No
     assert lines[1].split(",")[:3] == ["0", "0", "value.0"]
 
 
+def test_a_separate_tail_of_unequal_classes_is_refused() -> None:
+    y = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
+    x = torch.rand(2, 4, 2, dtype=torch.float64)
+    episode = Episode(x, y, x, y, torch.arange(2), 2, support_size=torch.tensor([4, 3]))
+    made = sine_learner(FOMAML(tail_shots=1), SGD(0.1), MLP(2, 2, hidden=[8])).double()
+    with pytest.raises(ValueError, match="^tail_shots=1 keeps examples of each class, but Episode.support_size"):
+        made.gradient_of(episode, made.initialisation(), made.begun_state())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
