@@ -17,7 +17,7 @@ from fomal.inner.loop import InnerLoop
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import InnerOptimizer
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 from tests.helpers.episodes import SmallConv, classification_episode
 from tests.helpers.launch import launch  # noqa: F401 # a fixture
@@ -100,7 +100,7 @@ def make_inner(
             "objective": Objective(network, vectorize=True, tracer=Tracer(network, True) if is_traced else None),
             "optimizer": optimizer,
             "state": optimizer.init(phi),
-            "plan": minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], steps, batch),
+            "indices": minibatch_indices(0, 0, episode.number, episode.support_x.shape[1], steps, batch),
             "episode": episode,
         }
         return InnerLoop(**{**settings, **changes})

@@ -13,7 +13,7 @@ from fomal.inner.loop import InnerLoop, gather_examples
 from fomal.inner.objective import Objective
 from fomal.outer.rule import OuterRule
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import Plan, minibatch_plan
+from fomal.tasks.sampler import MinibatchIndices, minibatch_indices
 from fomal.utils import tree
 from fomal.utils.tree import Tree
 
@@ -29,13 +29,13 @@ class Problem:
         objective: losses and gradients of the network.
         start: the initialisation, not stacked.
         episode: the tasks, all their examples in the support set.
-        plan: n index tensors (T, B).
+        indices: n index tensors (T, B).
     """
 
     objective: Objective
     start: Tree
     episode: Episode
-    plan: Plan
+    indices: MinibatchIndices
 
     @classmethod
     def sample(cls, objective: Objective, start: Tree, episode: Episode, batches: int, batch_size: int) -> Problem:
@@ -57,8 +57,8 @@ class Problem:
             support_y=torch.cat([episode.support_y, episode.query_y], 1),
         ).floating(next(iter(start.values())).dtype)
         stream = (episode.seed, episode.split, episode.number)
-        plan = minibatch_plan(*stream, examples, batches, batch_size, replacement=True)
-        return cls(objective, start, pooled, plan)
+        indices = minibatch_indices(*stream, examples, batches, batch_size, replacement=True)
+        return cls(objective, start, pooled, indices)
 
     def gradients(self) -> Tree:
         """The gradient on each mini-batch at the initialisation, (n, T, ...)."""
@@ -71,12 +71,13 @@ class Problem:
 
     def outer_gradient(self, rule: OuterRule, lr: float) -> Tree:
         """The rule's outer gradient under inner SGD of step size `lr`, divided by `lr` where made of displacements."""
-        steps = len(self.plan) - rule.needs_query
+        steps = len(self.indices) - rule.needs_query
         episode = self.episode
         if rule.needs_query:
-            query_x, query_y = (gather_examples(part, self.plan[-1]) for part in (episode.support_x, episode.support_y))
+            support = episode.support_x, episode.support_y
+            query_x, query_y = (gather_examples(part, self.indices[-1]) for part in support)
             episode = episode._replace(query_x=query_x, query_y=query_y)
-        inner = InnerLoop(self.objective, SGD(lr), {}, self.plan[:steps], episode)
+        inner = InnerLoop(self.objective, SGD(lr), {}, self.indices[:steps], episode)
         with plain_attention() if rule.differentiates else nullcontext():
             gradient, _ = rule(inner, self.start)
         expansion = rule.expansion(steps)
@@ -84,12 +85,12 @@ class Problem:
 
     def _flat(self) -> tuple[Tree, torch.Tensor, torch.Tensor]:
         """Parameters, x and y with mini-batches and tasks in one axis, (n T, ...)."""
-        index = torch.cat(self.plan)  # (n T, B)
-        x, y = (part.repeat(len(self.plan), *[1] * (part.ndim - 1)) for part in self._examples())
+        index = torch.cat(self.indices)  # (n T, B)
+        x, y = (part.repeat(len(self.indices), *[1] * (part.ndim - 1)) for part in self._examples())
         return tree.stack(self.start, len(index)), gather_examples(x, index), gather_examples(y, index)
 
     def _examples(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.episode.support_x, self.episode.support_y
 
     def _unflatten(self, values: Tree) -> Tree:
-        return {name: v.view(len(self.plan), -1, *v.shape[1:]) for name, v in values.items()}
+        return {name: v.view(len(self.indices), -1, *v.shape[1:]) for name, v in values.items()}

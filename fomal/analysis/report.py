@@ -116,6 +116,6 @@ def analyze(
 
 def _largest_alpha(problem: Problem) -> float:
     """The inner step size at which the first order of MAML's gradient is 3 % of its zeroth."""
-    expansion = MAML().expansion(len(problem.plan) - 1)
+    expansion = MAML().expansion(len(problem.indices) - 1)
     zeroth, first = leading_terms(problem, expansion)
     return 0.03 * norm(zeroth) / norm(first)

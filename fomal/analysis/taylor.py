@@ -34,7 +34,7 @@ def residuals(problem: Problem, rule: OuterRule, alphas: Sequence[float]) -> lis
     Raises:
         ValueError: the rule's leading terms are not known.
     """
-    expansion = rule.expansion(len(problem.plan) - rule.needs_query)
+    expansion = rule.expansion(len(problem.indices) - rule.needs_query)
     if expansion is None:
         raise ValueError(f"{type(rule).__name__} has no expansion: define its method `expansion` to compare with.")
     zeroth, first = leading_terms(problem, expansion)

@@ -78,7 +78,7 @@ def estimate_terms(problems: Iterable[Problem], rules: Mapping[str, OuterRule], 
     rows: dict[str, list[Tensor]] = {"AvgGrad": [], "AvgGradInner": [], **{name: [] for name in rules}}
     tasks = batches = 0
     for problem in problems:
-        tasks, batches = tasks + problem.episode.tasks, len(problem.plan)
+        tasks, batches = tasks + problem.episode.tasks, len(problem.indices)
         avg_grad, avg_grad_inner = _both_terms(problem)
         rows["AvgGrad"].append(avg_grad)
         rows["AvgGradInner"].append(avg_grad_inner)
@@ -112,7 +112,7 @@ def flat(values: Tree) -> Tensor:
 
 def _both_terms(problem: Problem) -> tuple[Tensor, Tensor]:
     """AvgGrad and AvgGradInner, (d,) each, over the tasks of one group and all (pairs of) their mini-batches."""
-    gradients, n = problem.gradients(), len(problem.plan)  # (n, T, ...)
+    gradients, n = problem.gradients(), len(problem.indices)  # (n, T, ...)
     others = {name: g.sum(0, keepdim=True) - g for name, g in gradients.items()}
     products = problem.hessian_products(others)  # of i: H_i sum_(j != i) g_j
     avg_grad_inner = {name: p.sum(0).mean(0) / (n * (n - 1)) for name, p in products.items()}
@@ -124,8 +124,8 @@ def _outer_gradient(problem: Problem, rule: OuterRule, lr: float) -> Tensor:
 
     They are exchangeable, so this changes no expectation; but it takes out the noise of which one comes last.
     """
-    n = len(problem.plan)
-    turned = (replace(problem, plan=problem.plan[i:] + problem.plan[:i]) for i in range(n))
+    n = len(problem.indices)
+    turned = (replace(problem, indices=problem.indices[i:] + problem.indices[:i]) for i in range(n))
     return torch.stack([flat(p.outer_gradient(rule, lr)) for p in turned]).mean(0)
 
 

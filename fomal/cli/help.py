@@ -14,7 +14,7 @@ _OWN = ("fomal.models.", "fomal.outer.", "fomal.inner.")
 HELP = {
     "ckpt_path": "a checkpoint, or the folder of a run, for its newest; brings its configuration along. With `fit` the "
     "run goes on, `last` being the newest checkpoint of the run that is configured, if there is one",
-    "seed_everything": "seed of weights and tasks; true draws one at random",
+    "seed_everything": "seed of weights and tasks; true chooses one at random",
     "config": "a config file, or the name of a shipped one, e.g. sinusoid/reptile; of several, later ones go first",
 }
 """Help of options that Lightning adds."""

@@ -333,7 +333,7 @@ class FomalCLI(LightningCLI):
     # -- building and running
 
     def before_instantiate_classes(self) -> None:
-        """Refuse 16-bit floating point, place the run, and put a seed drawn at random where no link could know it."""
+        """Refuse 16-bit floating point, place the run, and put a seed chosen at random where no link could know it."""
         check_precision(self.config[self.verb]["trainer"].get("precision"))  # on a CPU Lightning would change it
         self._place_run(self.config[self.verb]["trainer"])
         config, (source, target) = self.config[self.verb], SEED
@@ -377,7 +377,7 @@ class FomalCLI(LightningCLI):
         self.model = Replicas([_learner(own) for own in configs])
         self.model.config = config | {"replicas": replicas}
         self.datamodule = ReplicatedDataModule(self.datamodule, [own["seed_everything"] for own in configs])
-        # Processes that are started from here draw no other seed than this one.
+        # Processes that are started from here choose no other seed than this one.
         L.seed_everything(config["seed_everything"], workers=True, verbose=False)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:

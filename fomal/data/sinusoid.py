@@ -32,7 +32,7 @@ class SinusoidDataModule(EpisodeDataModule):
         ValueError: fewer than 2 query points.
     """
 
-    draws_anywhere: ClassVar[bool] = True
+    samples_anywhere: ClassVar[bool] = True
 
     def __init__(self, shots: int = 10, query_shots: int = 100, **kwargs: Any) -> None:
         super().__init__(shots=shots, query_shots=query_shots, **kwargs)

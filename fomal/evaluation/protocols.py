@@ -27,7 +27,7 @@ class ClassificationResult(NamedTuple):
     Attributes:
         logits: (T, Q, ways), each query forwarded with the support set and nothing else; (T, Q, *places, ways) where
             an example has many labels.
-        logits_transductive: likewise, all queries of a task forwarded together.
+        logits_transductive: likewise, all queries of a task in one forward pass.
         figures: each metric's values (T, 2, P), float64: from `logits`, then from `logits_transductive`, after each of
             `steps`, or after the last step alone.
         distance: (T,), of the adapted parameters from the initialisation: D(phi, W_t) in section 5.2 of Nichol et
@@ -56,7 +56,7 @@ class RegressionResult(NamedTuple):
     """Per-task results.
 
     Attributes:
-        predictions: (T, Q, *prediction) after the last step, all queries of a task forwarded together; a tensor or
+        predictions: (T, Q, *prediction) after the last step, all queries of a task in one forward pass; a tensor or
             nested dicts of tensors.
         figures: each metric's values (T, 1, P), float64, after each of `steps`.
         distance: (T,), of the adapted parameters from the initialisation, Euclidean.
@@ -177,9 +177,9 @@ def classify(
     report_steps: Collection[int] | None = None,
 ) -> ClassificationResult:
     """Adapt from `start` and classify the queries under both protocols, in one pass over the tasks; see `evaluate`."""
-    steps = steps_reported(report_steps, len(inner.plan), both=True)
-    params, (alone, together), figures = _judge(inner, start, (_alone, _together), metrics, steps)
-    return ClassificationResult(alone.prediction, together.prediction, figures, distance(params, start), steps)
+    steps = steps_reported(report_steps, len(inner.indices), both=True)
+    params, (inductive, transductive), figures = _judge(inner, start, (_inductive, _transductive), metrics, steps)
+    return ClassificationResult(inductive.prediction, transductive.prediction, figures, distance(params, start), steps)
 
 
 @torch.no_grad()
@@ -190,15 +190,15 @@ def regress(
     report_steps: Collection[int] | None = None,
 ) -> RegressionResult:
     """Adapt from `start` and measure at each step that is reported, all queries in one forward pass; see `evaluate`."""
-    steps = steps_reported(report_steps, len(inner.plan), both=False)
-    params, (together,), figures = _judge(inner, start, (_together,), metrics, steps)
-    return RegressionResult(together.prediction, figures, distance(params, start), steps)
+    steps = steps_reported(report_steps, len(inner.indices), both=False)
+    params, (transductive,), figures = _judge(inner, start, (_transductive,), metrics, steps)
+    return RegressionResult(transductive.prediction, figures, distance(params, start), steps)
 
 
 Protocol = Callable[[InnerLoop, Tree], Predicted]
 
 
-def _alone(inner: InnerLoop, params: Tree) -> Predicted:
+def _inductive(inner: InnerLoop, params: Tree) -> Predicted:
     """Each query forwarded with the support set and nothing else."""
     episode, objective = inner.episode, inner.objective.for_queries()
     return Predicted(
@@ -210,7 +210,7 @@ def _alone(inner: InnerLoop, params: Tree) -> Predicted:
     )
 
 
-def _together(inner: InnerLoop, params: Tree) -> Predicted:
+def _transductive(inner: InnerLoop, params: Tree) -> Predicted:
     """All queries of a task in one forward pass."""
     episode, objective = inner.episode, inner.objective.for_queries()
     return Predicted(
@@ -232,7 +232,7 @@ def _judge(
     Returns:
         The adapted parameters, what is predicted from them under each protocol, and each metric's values (T, R, P).
     """
-    y, last = inner.episode.query_y, len(inner.plan)
+    y, last = inner.episode.query_y, len(inner.indices)
     metrics = metrics_of(inner.objective.for_queries().loss_of(y), y) if metrics is None else metrics
     values: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
 

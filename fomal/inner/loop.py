@@ -12,7 +12,7 @@ from torch import Tensor
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State
 from fomal.tasks.episode import FIELDS, Episode
-from fomal.tasks.sampler import Plan
+from fomal.tasks.sampler import MinibatchIndices
 from fomal.utils import tree
 from fomal.utils.fingerprint import settings
 from fomal.utils.pytree import Data, map_leaves, named
@@ -66,7 +66,7 @@ class InnerLoop:
         objective: losses and gradients of the network.
         optimizer: the inner optimiser.
         state: its state before the first step, of one task.
-        plan: the mini-batch of each step.
+        indices: the mini-batch of each step.
         episode: the tasks.
         adapted: names of the parameters that are adapted; None: all. The others stay as in the initialisation.
     """
@@ -74,7 +74,7 @@ class InnerLoop:
     objective: Objective
     optimizer: InnerOptimizer
     state: State
-    plan: Plan
+    indices: MinibatchIndices
     episode: Episode
     adapted: frozenset[str] | None = None
 
@@ -92,16 +92,16 @@ class InnerLoop:
     def signature(self) -> Hashable:
         """All that the memory of a task depends on: shapes of its examples, and the number of steps."""
         sets = {"support": self.episode.support_x, "query": self.episode.query_x}
-        return (*((name, t.shape[1:]) for name, t in named(sets, "")), len(self.plan))
+        return (*((name, t.shape[1:]) for name, t in named(sets, "")), len(self.indices))
 
     def sample(self, steps: int | None) -> InnerLoop:
         """The first task's inner loop, not traced; with `steps`, so many of its steps."""
         one = self.select(slice(0, 1))
-        return replace(one, plan=one.plan[:steps], objective=one.objective.eager())
+        return replace(one, indices=one.indices[:steps], objective=one.objective.eager())
 
     def select(self, tasks: Tensor | slice) -> InnerLoop:
         """The inner loops of the tasks of the given places alone."""
-        return replace(self, episode=self.episode.select(tasks), plan=tuple(step[tasks] for step in self.plan))
+        return replace(self, episode=self.episode.select(tasks), indices=tuple(step[tasks] for step in self.indices))
 
     def expand_to_tasks(self, start: Tree) -> Tree:
         """One copy of an initialisation, or of a part of the state, for each task: (T, ...) each."""
@@ -146,7 +146,7 @@ class InnerLoop:
 
     def batches(self) -> Iterator[tuple[Data, Data]]:
         """The mini-batch of each step: x (T, B, *input) and y (T, B, ...)."""
-        for index in self.plan:
+        for index in self.indices:
             yield gather_examples(self.episode.support_x, index), gather_examples(self.episode.support_y, index)
 
     def steps(self, start: Tree, onward: Trajectory | None = None) -> Iterator[Step]:
@@ -158,16 +158,16 @@ class InnerLoop:
         """
         episode = self.episode
         optimizer = self.optimizer.for_tasks(episode.seed, episode.split, episode.number)
-        alone, common = self.split(start)
-        everywhere = self.expand_to_tasks(common)
-        params, state = self.expand_to_tasks(alone), self.expand_state_to_tasks()
+        adapted, frozen = self.split(start)
+        everywhere = self.expand_to_tasks(frozen)
+        params, state = self.expand_to_tasks(adapted), self.expand_state_to_tasks()
         if onward is not None:
             params, state = self.split(onward.end)[0], onward.state
         for x, y in self.batches():
             if optimizer is self.optimizer:
-                moved, state, loss = self.objective.step(optimizer, params, state, x, y, common)
+                moved, state, loss = self.objective.step(optimizer, params, state, x, y, frozen)
             else:  # of these episodes alone, so that its update is not the same in each step
-                gradient, loss = self.objective.gradients(params, x, y, common)
+                gradient, loss = self.objective.gradients(params, x, y, frozen)
                 moved, state = optimizer.update(gradient, state, params)
             yield Step({**everywhere, **params}, {**everywhere, **moved}, state, loss)
             params = moved
@@ -216,16 +216,16 @@ class InnerLoop:
 
         fields = [name for name in (*FIELDS, "weight") if getattr(self.episode, name) is not None]
 
-        def function(start: Tree, state: State, plan: tuple[Tensor, ...], *episode: Data) -> tuple[Any, ...]:
+        def function(start: Tree, state: State, indices: tuple[Tensor, ...], *episode: Data) -> tuple[Any, ...]:
             tasks = self.episode._replace(**dict(zip(fields, episode, strict=True)))
-            inner = replace(self, objective=self.objective.eager(), state=state, plan=plan, episode=tasks)
+            inner = replace(self, objective=self.objective.eager(), state=state, indices=indices, episode=tasks)
             gradient, trajectory = run(inner, start)
             return gradient, *trajectory
 
         losses = self.objective.losses_used()
         settled = (name, settings(self.optimizer), losses, self.signature, self.adapted, self.episode.ways)
         tensors = (getattr(self.episode, name) for name in fields)
-        gradient, *parts = self.objective.run(settled, function, start, self.state, self.plan, *tensors)
+        gradient, *parts = self.objective.run(settled, function, start, self.state, self.indices, *tensors)
         return gradient, Trajectory(*parts)
 
     def query_gradients(self, params: Tree) -> Tree:

@@ -152,7 +152,7 @@ class Objective:
         if reason:
             log.warning(
                 "%s cannot be vectorised over tasks, so tasks run one after the other (slower, same results): %s; "
-                "model.execution.vectorize: false says so beforehand, true runs them together all the same",
+                "model.execution.vectorize: false says so beforehand, true vectorises them all the same",
                 " with ".join(type(part).__name__ for part in (self.network, self.loss, self.query_loss) if part),
                 reason,
             )
@@ -217,7 +217,7 @@ class Objective:
         return [first, torch.func.grad(squared_norm)(params)] if second_order else [first]
 
     def gradients(
-        self, params: Tree, x: Data, y: Data, common: Tree | None = None, support: Data | None = None
+        self, params: Tree, x: Data, y: Data, frozen: Tree | None = None, support: Data | None = None
     ) -> tuple[Tree, Tensor]:
         """Each task's loss and its gradient.
 
@@ -225,26 +225,26 @@ class Objective:
             params: stacked parameters, (T, ...) each.
             x: (T, B, *input).
             y: (T, B, ...) labels or targets.
-            common: the network's other parameters, not stacked: all tasks have the same ones, and their gradient is
+            frozen: the network's other parameters, not stacked: all tasks have the same ones, and their gradient is
                 not computed.
             support: see `support_for`.
 
         Returns:
             The gradients, stacked, and the losses (T,).
         """
-        args = (params, common or {}), x, y, *_if_given(support)
+        args = (params, frozen or {}), x, y, *_if_given(support)
         return self.run(("gradients", self.losses_used()), self._gradients, *args)  # type: ignore[no-any-return]
 
     def _gradients(self, both: tuple[Tree, Tree], x: Data, y: Data, *support: Data) -> tuple[Tree, Tensor]:
-        params, common = both
+        params, frozen = both
 
         def loss(params: Tree, x: Data, y: Data, *support: Data) -> Tensor:
-            return self._loss({**common, **params}, x, y, *support)
+            return self._loss({**frozen, **params}, x, y, *support)
 
         return self._over_tasks(torch.func.grad_and_value(loss))(params, x, y, *support)  # type: ignore[no-any-return]
 
     def step(
-        self, optimizer: InnerOptimizer, params: Tree, state: State, x: Data, y: Data, common: Tree
+        self, optimizer: InnerOptimizer, params: Tree, state: State, x: Data, y: Data, frozen: Tree
     ) -> tuple[Tree, State, Tensor]:
         """One step of an optimiser on each task's mini-batch: parameters and state after it, and the losses before it.
 
@@ -254,7 +254,7 @@ class Objective:
             state: the optimiser's stacked state.
             x: (T, B, *input).
             y: (T, B, ...) labels or targets.
-            common: as for `gradients`.
+            frozen: as for `gradients`.
         """
 
         def step(both: tuple[Tree, Tree], state: State, x: Data, y: Data) -> tuple[Tree, State, Tree, Tensor]:
@@ -262,7 +262,7 @@ class Objective:
             return *optimizer.update(gradient, state, both[0]), gradient, loss  # a trace is judged by its gradient
 
         name = "step", settings(optimizer), self.losses_used()
-        moved, state, _, loss = self.run(name, step, (params, common), state, x, y)
+        moved, state, _, loss = self.run(name, step, (params, frozen), state, x, y)
         return moved, state, loss
 
     def hessian_products(self, params: Tree, x: Data, y: Data, vectors: Tree) -> Tree:
@@ -302,7 +302,7 @@ class Objective:
         return support_x if uses_support(self.network) and _kinds(support_x) == _kinds(query_x) else None
 
     def predict_inductive(self, params: Tree, support_x: Data, query_x: Data) -> Data:
-        """Predictions (T, Q, *prediction), each query forwarded together with the whole support set and nothing else.
+        """Predictions (T, Q, *prediction), each query forwarded with the whole support set and nothing else.
 
         Where the two differ in structure, in the shapes of single examples or in dtypes (a query may lack what the
         support has), they cannot share a batch, and each query is forwarded as a batch of its own.
@@ -312,12 +312,12 @@ class Objective:
             support_x: (T, S, *input).
             query_x: (T, Q, *input).
         """
-        together = _kinds(support_x) == _kinds(query_x)
+        alike = _kinds(support_x) == _kinds(query_x)
 
         def one(params: Tree, support: Data, query: Data) -> Data:
             """(S, *input) and (*input) to (*prediction)."""
             query = map_leaves(lambda t: t[None], query)
-            return map_leaves(lambda t: t[0], self._prediction(params, query, support if together else None))
+            return map_leaves(lambda t: t[0], self._prediction(params, query, support if alike else None))
 
         def task(params: Tree, support: Data, queries: Data) -> Data:
             if self.vectorize:
@@ -325,7 +325,7 @@ class Objective:
             count = len(leaves(queries)[0])
             return pytree.stack([one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)])
 
-        return self.run(("alone", self.losses_used()), self._over_tasks(task), params, support_x, query_x)
+        return self.run(("inductive", self.losses_used()), self._over_tasks(task), params, support_x, query_x)
 
     def losses_inductive(self, params: Tree, support: tuple[Data, Data], query: tuple[Data, Data]) -> Tensor:
         """Each task's query loss, (T,), each query forwarded as by `predict_inductive`.
@@ -335,11 +335,11 @@ class Objective:
             support: inputs (T, S, *input) and targets (T, S, *target).
             query: likewise, (T, Q, ...).
         """
-        together = _kinds(support) == _kinds(query)
+        alike = _kinds(support) == _kinds(query)
 
         def one(params: Tree, support: Data, query: Data) -> tuple[Tensor, Tensor]:
             x, y = map_leaves(lambda t: t[None], query)
-            forward = partial(self._forward, params, support=support[0] if together else None)
+            forward = partial(self._forward, params, support=support[0] if alike else None)
             losses, weights = losses_and_weights(self.loss_of(y), forward, x, y)
             return losses[0], losses.new_ones(()) if weights is None else weights[0]
 
@@ -351,7 +351,7 @@ class Objective:
             each = [one(params, support, map_leaves(lambda t, q=q: t[q], queries)) for q in range(count)]
             return mean_over_examples(*pytree.stack(each))
 
-        return self.run(("losses alone", self.losses_used()), self._over_tasks(task), params, support, query)  # type: ignore[no-any-return]
+        return self.run(("inductive losses", self.losses_used()), self._over_tasks(task), params, support, query)  # type: ignore[no-any-return]
 
     def run(self, name: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, traced where that is on; see `Tracer.__call__`."""
@@ -379,11 +379,11 @@ class Objective:
         if self.vectorize:
             vectorised = torch.func.vmap(fn, randomness="different")
 
-            def together(*args: Any) -> Any:
+            def vectorised_over_tasks(*args: Any) -> Any:
                 with plain_attention(kernels=leaves(args)[0].device.type == "cpu"):
                     return vectorised(*args)
 
-            return together
+            return vectorised_over_tasks
 
         def looped(*args: Any) -> Any:
             tasks = len(leaves(args[-1])[0])

@@ -31,7 +31,7 @@ class InnerOptimizer(ABC):
     """Tell whether `update` has finite derivatives everywhere, as rules that differentiate the inner loop need."""
 
     def for_tasks(self, seed: int, split: int, number: Tensor) -> InnerOptimizer:
-        """This optimiser for the episodes `number` (T,) of a stream: an optimiser with noise draws it by them."""
+        """This optimiser for the episodes `number` (T,) of a stream: an optimiser with noise samples it by them."""
         return self
 
     @abstractmethod

@@ -62,7 +62,7 @@ class SGLD(InnerOptimizer):
 
     def _noise(self, steps: Tensor, params: Tree) -> Tree:
         if self._tasks is None:
-            raise RuntimeError("SGLD draws its noise by episode: call for_tasks(seed, split, number) before update.")
+            raise RuntimeError("SGLD samples its noise by episode: call for_tasks(seed, split, number) before update.")
         seed, split, number = self._tasks
         sizes = [p[0].numel() for p in params.values()]
         total = sum(sizes)

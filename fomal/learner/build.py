@@ -43,7 +43,7 @@ register_type(Number, serializer=_number, deserializer=_number)
 
 
 def stream_seed(seed: bool | int) -> int:
-    """The seed of the episode stream; a random one (true) is drawn after parsing and put in its place then."""
+    """The seed of the episode stream; a random one (true) is chosen after parsing and put in its place then."""
     return int(seed) if not isinstance(seed, bool) else 0
 
 

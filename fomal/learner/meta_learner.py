@@ -56,7 +56,7 @@ from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.run.trust import check_states
 from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode, Numbers, refuse_others
-from fomal.tasks.sampler import Plan, minibatch_plan, separate_tail
+from fomal.tasks.sampler import MinibatchIndices, minibatch_indices, separate_tail
 from fomal.utils import tree
 from fomal.utils.checks import of_type, one_of
 from fomal.utils.fingerprint import Snapshot, settings
@@ -245,23 +245,23 @@ class MetaLearner(RefusesMoved, Evaluating):
             objective=self.objective,
             optimizer=self.inner_optimizer,
             state=self.begun_state() if state is None else state,
-            plan=self._plan(episode, training),
+            indices=self._minibatch_indices(episode, training),
             episode=episode.floating(like.dtype),
             adapted=self.adapted,
         )
         self._check_network(inner, second_order=training and self.rule.differentiates)
         return inner
 
-    def _plan(self, episode: Episode, training: bool) -> Plan:
+    def _minibatch_indices(self, episode: Episode, training: bool) -> MinibatchIndices:
         examples = episode.support_examples
         schedule = self.train_schedule if training else self.eval_schedule
         steps, batch, replacement = schedule.steps, schedule.batch_size, schedule.replacement
         stream = (episode.seed, episode.split, episode.number)
         if not training or self.rule.tail_shots is None:
-            return minibatch_plan(*stream, examples, steps, batch, replacement)
+            return minibatch_indices(*stream, examples, steps, batch, replacement)
         head, tail = separate_tail(examples, episode.blocks, self.rule.tail_shots, episode.number.device)
-        plan = minibatch_plan(*stream, len(head), steps - 1, batch, replacement)
-        return (*(head[index] for index in plan), tail.expand(episode.tasks, -1))
+        indices = minibatch_indices(*stream, len(head), steps - 1, batch, replacement)
+        return (*(head[index] for index in indices), tail.expand(episode.tasks, -1))
 
     @torch.no_grad()
     def _check_network(self, inner: InnerLoop, second_order: bool) -> None:
@@ -274,8 +274,8 @@ class MetaLearner(RefusesMoved, Evaluating):
         episode = inner.episode
         few = episode.select(slice(0, 2))
         x, y = few.support_x, few.support_y
-        if inner.plan:
-            x, y = (gather_examples(part, inner.plan[0][:2]) for part in (x, y))
+        if inner.indices:
+            x, y = (gather_examples(part, inner.indices[0][:2]) for part in (x, y))
         query = (few.query_x, few.query_y) if with_query else ()
         for part, some_x, some_y in self.objective.parts(x, y, *query):
             first_x, first_y = (map_leaves(lambda t: t[0], value) for value in (some_x, some_y))
@@ -293,7 +293,7 @@ class MetaLearner(RefusesMoved, Evaluating):
         """The outer gradient of this process's meta-batch: a function of initialisation and inner state only.
 
         Args:
-            batch: the tasks, or their numbers, from which the run's datamodule draws them.
+            batch: the tasks, or their numbers, from which the run's datamodule samples them.
             phi: the initialisation.
             state: the inner optimiser's.
         """
@@ -308,7 +308,7 @@ class MetaLearner(RefusesMoved, Evaluating):
         if isinstance(batch, Numbers):
             data = getattr(self.trainer, "datamodule", None)
             assert isinstance(data, EpisodeDataModule)  # no other gives numbers
-            batch = data.draw(batch)
+            batch = data.sample(batch)
         if batch.support_size is not None and self.rule.tail_shots is not None and not batch.is_regression:
             raise ValueError(
                 f"tail_shots={self.rule.tail_shots} keeps examples of each class, but Episode.support_size says that "

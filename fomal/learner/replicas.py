@@ -317,7 +317,7 @@ def _check_alone(learner: MetaLearner) -> None:
     optimizer = type(learner.inner_optimizer)
     if optimizer.for_tasks is not InnerOptimizer.for_tasks:
         raise ValueError(
-            f"{optimizer.__name__} draws noise by episode, which replicas do not know: use another inner optimiser, or "
+            f"{optimizer.__name__} samples noise by episode, which replicas do not know: use another optimiser, or "
             f"run them one by one."
         )
     frozen = [name for name, p in learner.network.named_parameters() if not p.requires_grad]

@@ -26,7 +26,7 @@ class InnerSchedule:
         steps: how many, k; 0 judges the initialisation as it is and, in training by rules with a query set, learns it
             without adaptation.
         batch_size: support examples per step.
-        replacement: draw each mini-batch independently, rather than in shuffled passes.
+        replacement: sample each mini-batch independently, rather than in shuffled passes.
 
     Raises:
         ValueError: steps or batch size are no whole numbers, steps negative, batch size less than 1, or absurdly many.
@@ -174,7 +174,7 @@ class Execution:
             fomal's modules.
         compiled: also compile traces with torch.compile, which takes some ten seconds for each and a C++ compiler.
         cuda_graph: capture the device's part of a meta-iteration, up to the outer gradient, as a CUDA graph, and replay
-            it; with `data.on_device` the drawing of the tasks is part of it. Other devices, and networks that draw
+            it; with `data.on_device` the sampling of the tasks is part of it. Other devices, and networks that draw
             random numbers (dropout) or wait for the device, run as they are, with one line that says so.
         tasks_per_chunk: how many tasks each process adapts at once, in training and evaluation; a meta-batch of more
             runs in chunks. Null chooses as many as take at most half of the memory that is free, and fewer where a

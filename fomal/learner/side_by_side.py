@@ -65,7 +65,7 @@ class SideBySide(InnerLoop):
             first.objective,
             per_task(first.tasks, first.device),
             _stacked([loop.state for loop in loops]),
-            tuple(torch.cat(step) for step in zip(*(loop.plan for loop in loops), strict=True)),
+            tuple(torch.cat(step) for step in zip(*(loop.indices for loop in loops), strict=True)),
             Episode.join([loop.episode for loop in loops]),
             first.adapted,
             runs=len(loops),
@@ -90,7 +90,7 @@ class SideBySide(InnerLoop):
 
         episode = self.episode.map(chosen)
         optimizer = self.per_task(episode.tasks // self.runs, self.device)
-        return replace(self, episode=episode, plan=tuple(chosen(step) for step in self.plan), optimizer=optimizer)
+        return replace(self, episode=episode, indices=tuple(chosen(step) for step in self.indices), optimizer=optimizer)
 
     def expand_to_tasks(self, start: Tree) -> Tree:
         """Each run's initialisation, or a part of its state, for each of its tasks: from (R, ...) to (T, ...)."""

@@ -36,14 +36,14 @@ class BinomialMAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
-        if not inner.plan:
+        if not inner.indices:
             trajectory = inner.rollout(start)
             return inner.mean(inner.query_gradients(trajectory.end)), trajectory
         trajectory, before = _rollout(inner, start)
         gradient = inner.query_gradients(trajectory.end)  # (T, ...)
         total = inner.mean(gradient)
         adapted = inner.split(gradient)[0]
-        steps, tasks = len(inner.plan), inner.episode.tasks
+        steps, tasks = len(inner.indices), inner.episode.tasks
         x, y = (torch.stack(part) for part in zip(*inner.batches(), strict=True))  # (k, T, B, ...)
         # vectors[i] is the sum of the products of l - 1 factors over the steps after i, applied to the gradient.
         vectors = {name: g.expand(steps, *g.shape) for name, g in adapted.items()}  # (k, T, ...)

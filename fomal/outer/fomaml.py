@@ -24,7 +24,7 @@ class FOMAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
-        trajectory = inner.rollout(start, step_weights=_last(len(inner.plan)))
+        trajectory = inner.rollout(start, step_weights=_last(len(inner.indices)))
         return tree.scaled(inner.mean(trajectory.combination), -1.0), trajectory
 
     def expansion(self, inner_steps: int) -> Expansion:

@@ -25,7 +25,7 @@ class MAML(OuterRule):
 
     def __call__(self, inner: InnerLoop, start: Tree) -> tuple[Tree, Trajectory]:
         """See `OuterRule`."""
-        return back_propagate(inner, start, len(inner.plan))
+        return back_propagate(inner, start, len(inner.indices))
 
     def expansion(self, inner_steps: int) -> Expansion:
         """AvgGrad and -2 k alpha AvgGradInner for k inner steps (section 5.1)."""
@@ -75,9 +75,9 @@ def back_propagate(inner: InnerLoop, start: Tree, order: int) -> tuple[Tree, Tra
 
     Parameters that are not adapted are the same in every step; their gradient goes through those last steps too.
     """
-    cut = len(inner.plan) - order
-    begun = replace(inner, plan=inner.plan[:cut]).rollout(start)
-    rest = replace(inner, plan=inner.plan[cut:])
+    cut = len(inner.indices) - order
+    begun = replace(inner, indices=inner.indices[:cut]).rollout(start)
+    rest = replace(inner, indices=inner.indices[cut:])
 
     def query_loss(middle: Tree, start: Tree) -> tuple[Tensor, Trajectory]:
         trajectory = rest.rollout(start, onward=begun._replace(end=middle))

@@ -171,7 +171,7 @@ def _run(rule: OuterRule, inner: InnerLoop, start: Tree) -> MetaGradient:
             gradient, trajectory = inner.traced(settings(rule), rule, start)
     else:
         gradient, trajectory = rule(inner, start)
-    losses = trajectory.losses if inner.plan else inner.query_losses(trajectory.end).detach()[None]
+    losses = trajectory.losses if inner.indices else inner.query_losses(trajectory.end).detach()[None]
     ends = losses[0], losses[-1]  # [[0, -1]] would wait for the device
     return MetaGradient(
         tree.detach(gradient),

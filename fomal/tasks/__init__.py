@@ -1,4 +1,4 @@
-"""Tasks: episodes, how their examples are drawn, and the stream of them."""
+"""Tasks: episodes, how their examples are sampled, and the stream of them."""
 
 from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode

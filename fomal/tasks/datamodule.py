@@ -126,18 +126,18 @@ class EpisodeDataModule(L.LightningDataModule):
             more than a few pay on a GPU alone.
         num_workers: loader processes; 0 samples in the training process.
         seed: seed of the episode stream; the command line links it to `seed_everything`.
-        on_device: draw training tasks on the device, where their images then stay; they are the same. Needs memory for
+        on_device: sample training tasks on the device, where their images then stay; they are the same. Needs room for
             the training images there, and `num_workers: 0`.
 
     Attributes:
-        draws_anywhere: whether `episodes` computes on the device of the numbers, without waiting for it.
-        keeps_numbers: whether `on_after_batch_transfer` leaves `Numbers` as they are, for a learner that draws them.
+        samples_anywhere: whether `episodes` computes on the device of the numbers, without waiting for it.
+        keeps_numbers: whether `on_after_batch_transfer` leaves `Numbers` as they are, for a learner that samples them.
         partition_settings: names of the arguments that decide which classes are trained on; a checkpoint is not
             tested under other values of them.
     """
 
     partition_settings: ClassVar[frozenset[str]] = frozenset()
-    draws_anywhere: ClassVar[bool] = False
+    samples_anywhere: ClassVar[bool] = False
     allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no evaluation task
     keeps_numbers: bool = False
 
@@ -169,11 +169,11 @@ class EpisodeDataModule(L.LightningDataModule):
         countable(train_query_shots=train_query_shots)
         countable(_WORKERS, num_workers=num_workers)
         countable(LARGEST_SEED, seed=seed)
-        if on_device and not self.draws_anywhere:
-            raise ValueError(f"on_device=True: {type(self).__name__} draws its tasks on the CPU: leave it out.")
+        if on_device and not self.samples_anywhere:
+            raise ValueError(f"on_device=True: {type(self).__name__} samples its tasks on the CPU: leave it out.")
         if on_device and num_workers:
             raise ValueError(
-                f"num_workers={num_workers} would have nothing to do, since on_device=True draws tasks on the device: "
+                f"num_workers={num_workers} would have nothing to do, since on_device=True samples on the device: "
                 f"use num_workers: 0, or leave on_device out."
             )
         self.shots = shots
@@ -201,7 +201,7 @@ class EpisodeDataModule(L.LightningDataModule):
             refuse_others(episode)
         return found
 
-    def draw(self, numbers: Numbers) -> Episode:
+    def sample(self, numbers: Numbers) -> Episode:
         """The tasks of these numbers on their device, preprocessed."""
         return self.preprocessed(self.episodes(SPLITS[numbers.split], numbers.number))
 
@@ -243,7 +243,7 @@ class EpisodeDataModule(L.LightningDataModule):
             )
 
     def check_memory(self, splits: Iterable[str]) -> None:
-        """Raise ValueError where the tasks of these splits that are drawn at once do not fit the machine's memory."""
+        """Raise ValueError where the tasks of these splits that are sampled at once do not fit the machine's memory."""
         for split in splits:
             names = ("shots", "query_shots", "eval_tasks_per_batch")
             if split == "train":
@@ -287,10 +287,10 @@ class EpisodeDataModule(L.LightningDataModule):
     @overload
     def on_after_batch_transfer(self, batch: Numbers, dataloader_idx: int) -> Episode | Numbers: ...
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Draw and preprocess on the device."""
+        """Sample and preprocess on the device."""
         if isinstance(batch, Episode):
             return self.preprocessed(batch)
-        return batch if self.keeps_numbers else self.draw(batch)
+        return batch if self.keeps_numbers else self.sample(batch)
 
     def _evaluation(self, split: str, tasks: int) -> EpisodeLoader:
         stream = EpisodeStream(self, split, self.eval_tasks_per_batch, tasks=tasks)

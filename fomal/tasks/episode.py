@@ -16,7 +16,7 @@ __all__ = ["FIELDS", "KINDS", "NO_TARGET", "Episode", "Numbers", "refuse_others"
 
 
 class Numbers(NamedTuple):
-    """T training tasks by their numbers alone, to be drawn where these are.
+    """T training tasks by their numbers alone, to be sampled where these are.
 
     Attributes:
         number: (T,) int64, the number of each task in the stream of its split.

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every value is a pure function of (seed, stream, index, draw).
+"""Counter-based random numbers: every value is a pure function of (seed, stream, index, sample).
 
 Philox4x32-10 of Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3",
 in integer torch arithmetic, so that a value is the same on every device, worker, rank and restart.
@@ -42,20 +42,20 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, stream: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Uniform 32-bit words, `draws` for each index.
+def random_words(seed: int, stream: int | Tensor, index: Tensor, samples: int) -> Tensor:
+    """Uniform 32-bit words, `samples` for each index.
 
     Args:
         seed: any integer in [0, 2**64).
         stream: which of the independent streams of this seed, in [0, 2**32); an int64 scalar tensor where it is known
             on the device alone.
         index: (T,) int64, e.g. episode numbers, >= 0.
-        draws: words per index.
+        samples: words per index.
 
     Returns:
-        (T, draws) int64 with values in [0, 2**32); row t depends on (seed, stream, index[t]) alone.
+        (T, samples) int64 with values in [0, 2**32); row t depends on (seed, stream, index[t]) alone.
     """
-    blocks = -(-draws // 4)
+    blocks = -(-samples // 4)
     if not isinstance(stream, Tensor):
         stream = torch.full((), stream, dtype=torch.int64, device=index.device)  # as_tensor would wait for the device
     counter = (
@@ -65,7 +65,7 @@ def random_words(seed: int, stream: int | Tensor, index: Tensor, draws: int) -> 
         ((index >> 32) & _MASK)[:, None],
     )
     words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(words, dim=-1).reshape(len(index), -1)[:, :draws]  # (T, draws)
+    return torch.stack(words, dim=-1).reshape(len(index), -1)[:, :samples]  # (T, samples)
 
 
 def uniform(words: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -97,7 +97,7 @@ def below(words: Tensor, bound: Tensor | int) -> Tensor:
 
 
 def distinct(words: Tensor, population: Tensor | int) -> Tensor:
-    """Draw without replacement: `words.shape[-1]` distinct integers below `population`, in random order.
+    """Sample without replacement: `words.shape[-1]` distinct integers below `population`, in random order.
 
     Args:
         words: (..., m) 32-bit words.

@@ -21,7 +21,7 @@ class ReplicatedDataModule(EpisodeDataModule):
         seeds: of the R streams.
 
     Raises:
-        ValueError: there is no seed, a negative one, or `data` draws its tasks on the device.
+        ValueError: there is no seed, a negative one, or `data` samples its tasks on the device.
     """
 
     def __init__(self, data: EpisodeDataModule, seeds: Sequence[int]) -> None:

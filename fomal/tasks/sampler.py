@@ -1,4 +1,4 @@
-"""The choice of examples: seeded N-way K-shot choices and inner mini-batch plans, vectorised over tasks.
+"""The choice of examples: seeded N-way K-shot choices and the indices of inner mini-batches, vectorised over tasks.
 
 Everything here is a pure function of (seed, split, episode number).
 """
@@ -15,7 +15,7 @@ SPLITS = ("train", "val", "test")
 # Streams keep the choices of one episode independent of each other: stream = 16 * split + purpose.
 _CLASSES, _EXAMPLES, _BATCHES, _VALUES, _SHUFFLE, _NOISE, _AUGMENT = range(7)
 
-Plan = tuple[Tensor, ...]
+MinibatchIndices = tuple[Tensor, ...]
 """An inner schedule: for each inner step, int64 indices (T, B) into the S support examples of each task."""
 
 
@@ -48,19 +48,19 @@ def choose(
     return classes, distinct(words, population.to(number.device)[classes])  # (T, ways, examples)
 
 
-def task_words(seed: int, split: int, number: Tensor, draws: int) -> Tensor:
-    """(T, draws) 32-bit words for tasks that are drawn from a formula, e.g. a sine's amplitude and phase."""
-    return random_words(seed, _stream(split, _VALUES), number, draws)
+def task_words(seed: int, split: int, number: Tensor, samples: int) -> Tensor:
+    """(T, samples) 32-bit words for tasks that are sampled from a formula, e.g. a sine's amplitude and phase."""
+    return random_words(seed, _stream(split, _VALUES), number, samples)
 
 
-def noise_words(seed: int, split: int, number: Tensor, step: Tensor, draws: int) -> Tensor:
-    """(T, draws) 32-bit words for the noise of inner step `step`, an int64 scalar below 2**24, of each task."""
-    return random_words(seed, _stream(split, _NOISE) + 256 * (step % 2**24), number, draws)
+def noise_words(seed: int, split: int, number: Tensor, step: Tensor, samples: int) -> Tensor:
+    """(T, samples) 32-bit words for the noise of inner step `step`, an int64 scalar below 2**24, of each task."""
+    return random_words(seed, _stream(split, _NOISE) + 256 * (step % 2**24), number, samples)
 
 
-def augment_words(seed: int, split: int, number: Tensor, draws: int) -> Tensor:
-    """(T, draws) 32-bit words, seeds of the random transforms of each task's images."""
-    return random_words(seed, _stream(split, _AUGMENT), number, draws)
+def augment_words(seed: int, split: int, number: Tensor, samples: int) -> Tensor:
+    """(T, samples) 32-bit words, seeds of the random transforms of each task's images."""
+    return random_words(seed, _stream(split, _AUGMENT), number, samples)
 
 
 def shuffled(seed: int, n: int) -> Tensor:
@@ -68,7 +68,7 @@ def shuffled(seed: int, n: int) -> Tensor:
     return permutations(random_words(seed, _stream(0, _SHUFFLE), torch.zeros(1, dtype=torch.int64), n))[0]
 
 
-def minibatch_plan(
+def minibatch_indices(
     seed: int,
     split: int,
     number: Tensor,
@@ -76,11 +76,11 @@ def minibatch_plan(
     steps: int,
     batch_size: int,
     replacement: bool = False,
-) -> Plan:
+) -> MinibatchIndices:
     """Cut mini-batches from each task's examples.
 
     Cycling (`replacement=False`): shuffled passes over the examples, batches running across the pass
-    boundary, so every pass holds every example once. Replacement: each batch is drawn independently,
+    boundary, so every pass holds every example once. Replacement: each batch is sampled independently,
     without repeats inside a batch. Both as in the released code of Nichol et al. 2018 (`_mini_batches`).
 
     Args:
@@ -90,7 +90,7 @@ def minibatch_plan(
         examples: support examples of each task, S.
         steps: number of mini-batches, k; may be 0.
         batch_size: examples in a mini-batch, B.
-        replacement: draw every batch independently.
+        replacement: sample every batch independently.
 
     Returns:
         k tensors (T, B), int64 in [0, S).
@@ -106,7 +106,7 @@ def minibatch_plan(
         if batch_size > examples:
             raise ValueError(
                 f"batch_size={batch_size} exceeds the {examples} support examples of a task, and batches "
-                f"are drawn without repeats: use batch_size <= {examples} or replacement: false."
+                f"are sampled without repeats: use batch_size <= {examples} or replacement: false."
             )
         words = random_words(seed, stream, number, steps * batch_size)
         picks = distinct(words.view(tasks, steps, batch_size), examples)  # (T, k, B)

@@ -84,7 +84,7 @@ def test_the_leading_terms_equal_a_loop_with_explicit_hessians() -> None:
 
     expected0, expected1 = torch.zeros_like(values), torch.zeros_like(values)
     for t in range(2):
-        data = [(problem.episode.support_x[t][i[t]], problem.episode.support_y[t][i[t]]) for i in problem.plan]
+        data = [(problem.episode.support_x[t][i[t]], problem.episode.support_y[t][i[t]]) for i in problem.indices]
         gradients = [torch.func.grad(loss)(values, *d) for d in data]
         hessians = [torch.autograd.functional.hessian(lambda v, d=d: loss(v, *d), values) for d in data]
         expected0 += gradients[-1] / 2

@@ -55,7 +55,7 @@ def test_both_terms_equal_a_loop_over_tasks_and_pairs_of_mini_batches():
         for t in range(2):
             data = [
                 [gather_examples(part, i)[t] for part in (problem.episode.support_x, problem.episode.support_y)]
-                for i in problem.plan
+                for i in problem.indices
             ]
             params = {n: p.clone().requires_grad_() for n, p in start.items()}
             losses = [

@@ -31,7 +31,7 @@ def setting(steps: int) -> tuple[InnerLoop, tree.Tree]:
     work = replace(WORKS["omniglot_5way"], inner_steps=steps)
     network, episode = work.network(), work.episode("maml")
     phi = tree.detach(dict(network.named_parameters()))
-    return InnerLoop(Objective(network, True), SGD(0.01), {}, work.plan("maml", episode), episode), phi
+    return InnerLoop(Objective(network, True), SGD(0.01), {}, work.indices("maml", episode), episode), phi
 
 
 def seconds(rule: OuterRule, inner: InnerLoop, phi: tree.Tree) -> float:

@@ -1,6 +1,6 @@
 """The Trainer's share: a training with Reptile through it, and the same meta-iterations as a bare loop.
 
-The bare loop is of the learner's own functions: the drawing of the tasks, the outer gradient, the outer optimiser and
+The bare loop is of the learner's own functions: the sampling of the tasks, the outer gradient, the outer optimiser and
 its schedule. What it leaves out is the Trainer, its loader and what the learner does for a run: looking for values that
 are not finite, seeding, means for the log. Both are timed within, after the first meta-iterations.
 """
@@ -43,7 +43,7 @@ class Training:
         learner, data, device = self.learner, self.work.data, self.work.device
         gradient = learner.gradient_of
         if learner.execution.cuda_graph:
-            drawn = learner.capturing(lambda batch, *of: learner.gradient_of(data.draw(batch), *of), CAPTURES[device])
+            drawn = learner.capturing(lambda batch, *of: learner.gradient_of(data.sample(batch), *of), CAPTURES[device])
             gradient = learner.captured = drawn
         optimizer = learner.outer.optimizer(learner.network.parameters())
         schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -20,7 +20,7 @@ from fomal.models import MLP, Conv4
 from fomal.outer import FOMAML, MAML, OuterRule, QueryFOMAML, Reptile
 from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import Plan, minibatch_plan
+from fomal.tasks.sampler import MinibatchIndices, minibatch_indices
 
 RULES: dict[str, Callable[[], OuterRule]] = {
     "reptile": Reptile,
@@ -114,13 +114,13 @@ class Work:
         tasks = self.data.eval_tasks_per_batch if kind == "evaluation" else self.data.meta_batch_size
         return self.prepared(kind, torch.arange(tasks))
 
-    def plan(self, kind: str, episode: Episode) -> Plan:
+    def indices(self, kind: str, episode: Episode) -> MinibatchIndices:
         """The mini-batches, as fomal draws them."""
         steps, batch = self.inner_steps, self.inner_batch_size
         if kind == "evaluation":
             steps, batch = self.eval_inner_steps, self.eval_inner_batch_size
         stream = (episode.seed, episode.split, episode.number)
-        return minibatch_plan(*stream, episode.support_x.shape[1], steps, batch)
+        return minibatch_indices(*stream, episode.support_x.shape[1], steps, batch)
 
     def optimizer(self, optimizer: str) -> InnerOptimizer:
         """Adam with beta1 = 0, or SGD."""

@@ -59,7 +59,7 @@ def test_the_adaptation_drawn_is_that_of_torch_optim(tmp_path: Path, monkeypatch
     assert drawn["support"] == (episode.support_x.flatten().tolist(), episode.support_y.flatten().tolist())
     assert list(drawn["predictions"]) == [0, 1, 6]  # the evaluation has no seventh step
     assert drawn["predictions"][0] == pytest.approx(network(x[0]).flatten().tolist(), rel=1e-12)
-    xs, ys = batches(episode, model.inner_loop(episode, training=False).plan, 0)
+    xs, ys = batches(episode, model.inner_loop(episode, training=False).indices, 0)
     carried = {  # the state that training left to evaluation
         index: {
             "step": model.carried["shared"]["steps"].float(),

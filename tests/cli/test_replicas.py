@@ -304,7 +304,7 @@ def test_replicas_that_cannot_be_meant(replicas: str, message: str, code: int, t
             "model.execution.cuda_graph does not work with replicas yet: leave one of the two out.",
         ),
         (["--data.on_device=true"], "data.on_device=True does not work with replicas yet: leave one of the two out."),
-        (["--model.inner_optimizer=SGLD"], "SGLD draws noise by episode, which replicas do not know: use another"),
+        (["--model.inner_optimizer=SGLD"], "SGLD samples noise by episode, which replicas do not know: use another"),
     ],
 )
 def test_what_replicas_do_not_know_is_refused(given: list[str], message: str, tmp_path: Path, fails: Fails) -> None:

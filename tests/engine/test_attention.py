@@ -18,7 +18,7 @@ from fomal.learner.settings import Execution, InnerSchedule
 from fomal.outer import MAML, BinomialMAML, OuterRule, QueryFOMAML, TruncatedMAML
 from fomal.outer.meta_gradient import meta_gradient
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 
 pytestmark = pytest.mark.traced
@@ -52,12 +52,12 @@ def test_rules_go_through_attention(rule: OuterRule, encoder: bool) -> None:
     """The gradient along a direction is the difference quotient, or for the first-order rule that of the loop."""
     network, episode = problem(encoder)
     phi = tree.detach(dict(network.named_parameters()))
-    plan = minibatch_plan(0, 0, episode.number, 6, 2, 4)
+    indices = minibatch_indices(0, 0, episode.number, 6, 2, 4)
     made: list[Any] = []
     for vectorize in (None, False):
         objective = Objective(network, vectorize)
         objective.settle(phi, episode.support_x, episode.support_y, second_order=rule.differentiates)
-        inner = InnerLoop(objective, SGD(0.1), {}, plan, episode)
+        inner = InnerLoop(objective, SGD(0.1), {}, indices, episode)
         made.append((objective, inner, meta_gradient(rule, inner, phi, skip=False).gradient))
     (objective, inner, found), (_, _, looped) = made
     # Under vmap torch's layer norm has a wrong second derivative, which is found.

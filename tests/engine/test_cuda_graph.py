@@ -372,7 +372,7 @@ def test_a_meta_iteration_needs_nothing_of_the_host(
     learner.to("meta")
     number = torch.arange(3, device="meta")
     batch = Numbers(number, 0, SPLITS.index("train"))
-    data.draw(batch)  # moves the images
+    data.sample(batch)  # moves the images
     state, phi = learner.begun_state(), learner.initialisation()
     learner.objective._order = 2  # settled, as it is before a capture
     with NothingOfTheHost():

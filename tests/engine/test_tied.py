@@ -20,7 +20,7 @@ from fomal.models import resize_head
 from fomal.models.parameters import buffers, matching, slots
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, TruncatedMAML
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils.tree import Tree, detach
 from tests.helpers.learners import trainer
 
@@ -116,7 +116,7 @@ def expected(rule: Any, network: nn.Module, loop: InnerLoop, start: Tree) -> Tre
 
     for t in range(tasks):
         path: list[Tree] = [{name: p.clone().requires_grad_() for name, p in start.items()}]
-        for index in loop.plan:
+        for index in loop.indices:
             at = path[-1]
             batch = episode.support_x[t][index[t]], episode.support_y[t][index[t]]
             gradient = torch.autograd.grad(loss(at, *batch), list(at.values()), create_graph=True)
@@ -146,8 +146,8 @@ def problem(make: Any) -> tuple[nn.Module, Tree, Episode]:
 def loop_of(network: nn.Module, episode: Episode, execution: str) -> InnerLoop:
     tracer = Tracer(network, True) if execution == "traced" else None
     objective = Objective(network, execution != "looped", tracer)
-    plan = minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], STEPS, 4)
-    return InnerLoop(objective, SGD(LR), {}, plan, episode)
+    indices = minibatch_indices(0, 0, episode.number, episode.support_x.shape[1], STEPS, 4)
+    return InnerLoop(objective, SGD(LR), {}, indices, episode)
 
 
 @pytest.mark.parametrize("make", NETWORKS)
@@ -182,10 +182,10 @@ def test_evaluation_is_that_of_one_parameter_and_changes_none(make: Any) -> None
         learner.objective.is_given = True
         with torch.no_grad():
             found.append(learner.evaluate(episode))
-    plan = learner._plan(episode, training=False)
+    indices = learner._minibatch_indices(episode, training=False)
     for t in range(2):
         p = {name: v.clone().requires_grad_() for name, v in start.items()}
-        for index in plan:
+        for index in indices:
             loss = F.cross_entropy(
                 written_out(network, p, episode.support_x[t][index[t]]), episode.support_y[t][index[t]]
             )

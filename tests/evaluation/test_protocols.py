@@ -16,7 +16,7 @@ from tests.helpers.oracle import adapt_one, batches
 
 def adapted_networks(network, inner):
     make = lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.999))  # noqa: E731
-    return [adapt_one(network, make, *batches(inner.episode, inner.plan, t))[0] for t in range(inner.episode.tasks)]
+    return [adapt_one(network, make, *batches(inner.episode, inner.indices, t))[0] for t in range(inner.episode.tasks)]
 
 
 def test_both_protocols_equal_the_released_procedure(network, episode, make_inner):
@@ -113,7 +113,7 @@ def test_figures_by_step_are_those_of_shorter_inner_loops(network, make_inner, s
     assert found.steps == tuple(sorted({*steps, 4}))
     assert list(found.figures) == ["accuracy", "nll", "macro_f1", "loss"]
     for place, step in enumerate(found.steps):
-        alone = classify(dataclasses.replace(inner, plan=inner.plan[:step]), phi, metrics)
+        alone = classify(dataclasses.replace(inner, indices=inner.indices[:step]), phi, metrics)
         assert alone.steps == ()
         for name, values in found.figures.items():
             assert values.shape == (4, 2, len(found.steps))

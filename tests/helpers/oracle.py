@@ -40,9 +40,9 @@ def adapt_one(
     return network, displacements, optimizer
 
 
-def batches(episode: Episode, plan: Tensor, task: int) -> tuple[list[Tensor], list[Tensor]]:
+def batches(episode: Episode, indices: Tensor, task: int) -> tuple[list[Tensor], list[Tensor]]:
     """The mini-batches of one task."""
-    return [episode.support_x[task][i[task]] for i in plan], [episode.support_y[task][i[task]] for i in plan]
+    return [episode.support_x[task][i[task]] for i in indices], [episode.support_y[task][i[task]] for i in indices]
 
 
 def gradient_of(network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ def test_rollout_equals_a_loop_with_torch_optim(pair, vectorize, network, episod
     inner = make_inner(optimizer, objective=Objective(network, vectorize))
     trajectory = inner.rollout(phi, step_weights=[0.5, 0.0, -1.0, 2.0])
     for t in range(episode.tasks):
-        adapted, d, _ = adapt_one(network, make_torch, *batches(episode, inner.plan, t))
+        adapted, d, _ = adapt_one(network, make_torch, *batches(episode, inner.indices, t))
         for i, (name, p) in enumerate(adapted.named_parameters()):
             torch.testing.assert_close(trajectory.end[name][t], p.detach(), rtol=1e-10, atol=1e-12)
             weighted = 0.5 * d[0][i] - d[2][i] + 2 * d[3][i]
@@ -48,14 +48,14 @@ def test_carried_state_goes_on_where_torch_optim_left_off(pair, network, episode
     first = make_inner(optimizer)
     carried = first.mean_state(first.rollout(phi).state)
     second = make_inner(optimizer, state=carried).rollout(phi)
-    states = [adapt_one(network, make_torch, *batches(episode, first.plan, t))[2].state_dict() for t in range(4)]
+    states = [adapt_one(network, make_torch, *batches(episode, first.indices, t))[2].state_dict() for t in range(4)]
     average = states[0]
     for index, values in average["state"].items():  # each task starts from the mean of what the tasks left
         for key in values:
             if key != "step" and values[key] is not None:
                 values[key] = torch.stack([s["state"][index][key] for s in states]).mean(0)
     for t in range(episode.tasks):
-        adapted, _, _ = adapt_one(network, make_torch, *batches(episode, first.plan, t), state=average)
+        adapted, _, _ = adapt_one(network, make_torch, *batches(episode, first.indices, t), state=average)
         for name, p in adapted.named_parameters():
             torch.testing.assert_close(second.end[name][t], p.detach(), rtol=1e-9, atol=1e-12)
     reset = make_inner(optimizer).rollout(phi)
@@ -79,7 +79,7 @@ def test_tasks_do_not_see_each_other(episode, make_inner, phi):
         make_inner(
             Adam(0.01),
             episode=episode.select(torch.tensor([2])),
-            plan=tuple(index[2:3] for index in one.plan),
+            indices=tuple(index[2:3] for index in one.indices),
         )
         .rollout(phi)
         .end
@@ -110,7 +110,7 @@ def test_a_network_that_cannot_be_vectorised_runs_task_by_task_and_says_so(episo
     inner = make_inner(SGD(0.1), objective=objective, state={})
     trajectory = inner.rollout(phi)
     for t in range(episode.tasks):
-        adapted, _, _ = adapt_one(network, lambda p: torch.optim.SGD(p, lr=0.1), *batches(episode, inner.plan, t))
+        adapted, _, _ = adapt_one(network, lambda p: torch.optim.SGD(p, lr=0.1), *batches(episode, inner.indices, t))
         for name, p in adapted.named_parameters():
             torch.testing.assert_close(trajectory.end[name][t], p.detach(), rtol=1e-10, atol=1e-12)
 

@@ -34,7 +34,7 @@ from fomal.inner.loss import check_loss, mean_over_examples
 from fomal.inner.objective import Objective
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.tasks.episode import NO_TARGET, Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 from tests.helpers.oracle import batches
 
@@ -153,8 +153,8 @@ def network_for(outputs: int) -> nn.Module:
 
 def inner_loop(case: Case, vectorize: bool, tracer: Tracer | None = None, query: Loss | None = None) -> InnerLoop:
     network, episode = network_for(case.outputs), drawn(case.data)
-    plan = minibatch_plan(0, 0, episode.number, SUPPORT, STEPS, 5)
-    return InnerLoop(Objective(network, vectorize, tracer, case.loss, query), SGD(LR), {}, plan, episode)
+    indices = minibatch_indices(0, 0, episode.number, SUPPORT, STEPS, 5)
+    return InnerLoop(Objective(network, vectorize, tracer, case.loss, query), SGD(LR), {}, indices, episode)
 
 
 @cache
@@ -167,7 +167,7 @@ def written_out(name: str, query_name: str) -> dict[str, dict[str, Tensor]]:
     for task in range(TASKS):
         phi = [p.detach().clone().requires_grad_() for p in network.parameters()]
         path, cut = [phi], []
-        for x, y in zip(*batches(inner.episode, inner.plan, task), strict=True):
+        for x, y in zip(*batches(inner.episode, inner.indices, task), strict=True):
 
             def forward(x: Tensor, at: Any = path[-1]) -> Tensor:
                 return functional_call(network, dict(zip(names, at, strict=True)), (x,))

@@ -56,7 +56,7 @@ def test_a_displacement_has_the_mean_and_variance_of_langevins_equation(make_inn
     n = 3000
     many = episode.select(torch.zeros(n, dtype=torch.int64))._replace(number=torch.arange(n))
     inner = make_inner(SGLD(LR, 1e-3), steps=1)
-    inner = make_inner(SGLD(LR, 1e-3), episode=many, plan=(inner.plan[0][:1].expand(n, -1),))
+    inner = make_inner(SGLD(LR, 1e-3), episode=many, indices=(inner.indices[0][:1].expand(n, -1),))
     (step,) = inner.steps(phi)
     gradient = inner.objective.gradients(tree.stack(phi, 1), *(part[:1] for part in next(inner.batches())))[0]
     deviation = (2 * LR * 1e-3) ** 0.5
@@ -81,8 +81,8 @@ def test_on_a_quadratic_it_settles_at_its_temperature():
 
 def test_going_on_equals_not_stopping(make_inner, phi):
     whole = make_inner(SGLD(LR, 1e-3))
-    first = make_inner(SGLD(LR, 1e-3), plan=whole.plan[:2]).rollout(phi)
-    second = make_inner(SGLD(LR, 1e-3), plan=whole.plan[2:]).rollout(phi, onward=first)
+    first = make_inner(SGLD(LR, 1e-3), indices=whole.indices[:2]).rollout(phi)
+    second = make_inner(SGLD(LR, 1e-3), indices=whole.indices[2:]).rollout(phi, onward=first)
     expected = whole.rollout(phi)
     for name in phi:
         assert torch.equal(second.end[name], expected.end[name])

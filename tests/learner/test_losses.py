@@ -49,7 +49,7 @@ def test_the_inner_loop_and_the_query_sets_have_each_their_loss() -> None:
     for t in range(2):
         network = MLP(hidden=(4,))
         network.load_state_dict(own.network.state_dict())
-        index = own.inner_loop(episode, training=False).plan[0][t]
+        index = own.inner_loop(episode, training=False).indices[0][t]
         x, y = episode.support_x[t][index], episode.support_y[t][index]
         gradient = torch.autograd.grad(F.huber_loss(network(x), y, delta=0.3), list(network.parameters()))
         before = F.mse_loss(network(episode.query_x[t]), episode.query_y[t])

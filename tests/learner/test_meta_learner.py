@@ -25,9 +25,9 @@ def test_a_run_is_the_papers_algorithm_written_out():
     state = None
     for iteration in range(5):
         episode = data.episodes("train", torch.arange(3 * iteration, 3 * iteration + 3)).floating(torch.float64)
-        plan = learner._plan(episode, training=True)
+        indices = learner._minibatch_indices(episode, training=True)
         make = lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.5)  # noqa: E731
-        runs = [adapt_one(network, make, *batches(episode, plan, t), state=state) for t in range(3)]
+        runs = [adapt_one(network, make, *batches(episode, indices, t), state=state) for t in range(3)]
         states = [run[2].state_dict() for run in runs]
         state = states[0]
         for index in state["state"]:
@@ -127,12 +127,12 @@ def test_regression_reports_the_loss_after_each_step():
     learner, data = sine_learner(inner=SGD(0.02)), SinusoidDataModule(test_tasks=3, eval_tasks_per_batch=2)
     trainer().test(learner, datamodule=data, verbose=False)
     episode = data.episodes("test", torch.arange(3))
-    plan = learner._plan(episode, training=False)
+    indices = learner._minibatch_indices(episode, training=False)
     expected = []
     for t in range(3):
         network, curve = learner.network, []
         for k in range(5):
-            xs, ys = batches(episode, plan[:k], t)
+            xs, ys = batches(episode, indices[:k], t)
             adapted, _, _ = adapt_one(network, lambda p: torch.optim.SGD(p, lr=0.02), xs, ys)
             curve.append(nn.functional.mse_loss(adapted(episode.query_x[t]), episode.query_y[t]).item())
         expected.append(curve)
@@ -180,14 +180,14 @@ def test_a_separate_tail_is_the_last_batch_and_nothing_else():
     learner, data = blob_learner(FOMAML(tail_shots=1)), Blobs()
     data.setup("fit")
     episode = data.episodes("train", torch.arange(4))
-    plan = learner._plan(episode, training=True)
-    assert len(plan) == 3
-    labels = gather_examples(episode.support_y, plan[-1])
+    indices = learner._minibatch_indices(episode, training=True)
+    assert len(indices) == 3
+    labels = gather_examples(episode.support_y, indices[-1])
     assert labels.tolist() == [[0, 1, 2]] * 4
-    head = torch.cat(plan[:-1], 1)
+    head = torch.cat(indices[:-1], 1)
     for t in range(4):
-        assert not set(head[t].tolist()) & set(plan[-1][t].tolist())
-    assert set(head.flatten().tolist()) | set(plan[-1].flatten().tolist()) == set(range(12))
+        assert not set(head[t].tolist()) & set(indices[-1][t].tolist())
+    assert set(head.flatten().tolist()) | set(indices[-1].flatten().tolist()) == set(range(12))
 
 
 def test_double_precision_is_double_throughout():

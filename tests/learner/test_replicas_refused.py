@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [sine(0), sine(1, outer={"on_nonfinite": "skip_task"})],
         "^model.outer.on_nonfinite=skip_task does not work with replicas",
     ),
-    "noise": (lambda: [sine(0, inner=SGLD()), sine(1, inner=SGLD())], "^SGLD draws noise by episode, .*one by one"),
+    "noise": (lambda: [sine(0, inner=SGLD()), sine(1, inner=SGLD())], "^SGLD samples noise by episode, .*one by one"),
     "frozen": (lambda: [sine(0), frozen(1)], "^replicas learn all parameters, but layers.1.bias is frozen"),
     "rule": (lambda: [sine(0), sine(1, FOMAML())], f"^replica 1 has another rule than replica 0: {ALONE}"),
     "weights": (

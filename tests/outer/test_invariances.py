@@ -15,7 +15,7 @@ from fomal.inner.objective import Objective
 from fomal.models.norm import BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 
 # Rules as functions of the number of inner steps.
@@ -52,15 +52,15 @@ class Problem(NamedTuple):
 
     objective: Objective
     episode: Episode
-    plan: tuple
+    indices: tuple
     phi: dict
 
     def select(self, tasks):
-        return self._replace(episode=self.episode.select(tasks), plan=tuple(index[tasks] for index in self.plan))
+        return self._replace(episode=self.episode.select(tasks), indices=tuple(index[tasks] for index in self.indices))
 
     def gradient(self, rule, optimizer):
         state = optimizer.init(self.phi)
-        return rule(InnerLoop(self.objective, optimizer, state, self.plan, self.episode), self.phi)[0]
+        return rule(InnerLoop(self.objective, optimizer, state, self.indices, self.episode), self.phi)[0]
 
 
 @st.composite
@@ -73,8 +73,8 @@ def problems(draw):
     support_y, query_y = labels.repeat_interleave(shots).expand(tasks, -1), labels.expand(tasks, -1)
     episode = Episode(x[:, ways:], support_y, x[:, :ways], query_y, torch.arange(tasks), ways)
     network = Classifier(ways).double()
-    plan = minibatch_plan(seed, 0, episode.number, ways * shots, steps, batch)
-    return Problem(Objective(network, vectorize=True), episode, plan, tree.detach(dict(network.named_parameters())))
+    indices = minibatch_indices(seed, 0, episode.number, ways * shots, steps, batch)
+    return Problem(Objective(network, vectorize=True), episode, indices, tree.detach(dict(network.named_parameters())))
 
 
 def permutation(data, n):
@@ -84,8 +84,8 @@ def permutation(data, n):
 def setting(data, make_rule):
     """A problem, and the rule with an optimiser that it accepts."""
     problem = data.draw(problems())
-    rule = make_rule(len(problem.plan))
-    return problem, rule, data.draw(st.sampled_from([o for o in OPTIMIZERS if accepts(rule, len(problem.plan), o)]))
+    rule = make_rule(len(problem.indices))
+    return problem, rule, data.draw(st.sampled_from([o for o in OPTIMIZERS if accepts(rule, len(problem.indices), o)]))
 
 
 def accepts(rule, steps, optimizer):
@@ -124,8 +124,8 @@ def test_a_split_meta_batch_averages_to_the_whole(make_rule, data):
 @few
 def test_the_order_in_a_mini_batch_does_not_matter(make_rule, data):
     problem, rule, optimizer = setting(data, make_rule)
-    plan = tuple(index[:, permutation(data, index.shape[1])] for index in problem.plan)
-    assert_close(problem._replace(plan=plan).gradient(rule, optimizer), problem.gradient(rule, optimizer))
+    indices = tuple(index[:, permutation(data, index.shape[1])] for index in problem.indices)
+    assert_close(problem._replace(indices=indices).gradient(rule, optimizer), problem.gradient(rule, optimizer))
 
 
 @every_rule
@@ -150,8 +150,8 @@ def test_step_combination_is_linear_in_its_weights(data):
     problem = data.draw(problems())
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     numbers = st.floats(-10, 10)
-    weights = st.lists(numbers, min_size=len(problem.plan), max_size=len(problem.plan)).filter(any)
-    v, w, scale = data.draw(weights), data.draw(weights), data.draw(numbers)
+    weights = st.lists(numbers, min_size=len(problem.indices), max_size=len(problem.indices)).filter(any)
+    v, w, scale = data.draw(weights), data.draw(weights), data.sample(numbers)
     both = [scale * a + b for a, b in zip(v, w, strict=True)]
     assume(any(both))
     of_v, of_w, of_both = (problem.gradient(StepCombination(u), optimizer) for u in (v, w, both))

@@ -50,12 +50,12 @@ def episode(problem):
     return problem[1]
 
 
-def outer_gradient(algorithm, episode, plan):
+def outer_gradient(algorithm, episode, indices):
     """Clone, adapt, backward; learn2learn leaves the mean over tasks to its user."""
     algorithm.zero_grad()
     for t in range(episode.tasks):
         learner = algorithm.clone()
-        for x, y in zip(*batches(episode, plan, t), strict=True):
+        for x, y in zip(*batches(episode, indices, t), strict=True):
             learner.adapt(loss_of(learner, x, y))
         loss = loss_of(learner, episode.query_x[t], episode.query_y[t])
         (loss / episode.tasks).backward()  # adds to the gradients
@@ -67,7 +67,7 @@ def test_maml_and_query_fomaml_equal_learn2learn(steps, l2l, network, episode, m
     inner = make_inner(SGD(LR), steps=steps)
     phi = tree.detach(dict(network.named_parameters()))
     exact, first_order = (
-        outer_gradient(l2l.algorithms.MAML(network, LR, first_order=flag), episode, inner.plan)
+        outer_gradient(l2l.algorithms.MAML(network, LR, first_order=flag), episode, inner.indices)
         for flag in (False, True)
     )
     torch.testing.assert_close(MAML()(inner, phi)[0], exact, rtol=1e-10, atol=1e-13)

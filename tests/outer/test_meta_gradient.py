@@ -119,8 +119,8 @@ def test_the_mean_is_that_of_the_finite_tasks(rule: Any) -> None:
 
 def part(inner: Any, task: int) -> Any:
     index = torch.tensor([task])
-    plan = tuple(step[index] for step in inner.plan)
-    return type(inner)(**{**vars(inner), "episode": inner.episode.select(index), "plan": plan})
+    indices = tuple(step[index] for step in inner.indices)
+    return type(inner)(**{**vars(inner), "episode": inner.episode.select(index), "indices": indices})
 
 
 def test_finite_tasks_are_run_once() -> None:

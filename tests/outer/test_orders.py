@@ -15,7 +15,7 @@ from fomal.inner.objective import Objective
 from fomal.models import MLP
 from fomal.outer import MAML, BinomialMAML, QueryFOMAML, TruncatedMAML
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 from tests.helpers.oracle import batches, loss_of
 
@@ -32,8 +32,8 @@ def regression(tasks=3, points=12, inputs=2, seed=0):
 def inner_loop(network, optimizer, steps=STEPS, adapted=None, **settings):
     episode = regression()
     phi = tree.detach(dict(network.named_parameters()))
-    plan = minibatch_plan(0, 0, episode.number, episode.support_x.shape[1], steps, 5)
-    inner = InnerLoop(Objective(network, True), optimizer, optimizer.init(phi), plan, episode, adapted)
+    indices = minibatch_indices(0, 0, episode.number, episode.support_x.shape[1], steps, 5)
+    inner = InnerLoop(Objective(network, True), optimizer, optimizer.init(phi), indices, episode, adapted)
     return inner, phi
 
 
@@ -58,7 +58,7 @@ def explicit_factors(inner, phi, lr, weight_decay, task):
         return loss_of(lambda x: functional_call(network, params, (x,)), x, y)
 
     w, factors = flat(phi.values()), []
-    for x, y in zip(*batches(inner.episode, inner.plan, task), strict=True):
+    for x, y in zip(*batches(inner.episode, inner.indices, task), strict=True):
         hessian = torch.autograd.functional.hessian(lambda v, x=x, y=y: loss(v, x, y), w)
         factors.append(-lr * (hessian + weight_decay * torch.eye(len(w), dtype=w.dtype)))
         gradient = torch.func.grad(loss)(w, x, y)
@@ -167,7 +167,7 @@ def test_the_rest_of_the_parameters_is_learnt_through_the_inner_loop(rule, mlp):
     middles = []
     for t in range(3):
         params = dict(start)
-        for number, (x, y) in enumerate(zip(*batches(inner.episode, inner.plan, t), strict=True)):
+        for number, (x, y) in enumerate(zip(*batches(inner.episode, inner.indices, t), strict=True)):
             if number == cut and cut:  # what comes before counts as given
                 params = {n: p if n not in HEAD else p.detach().requires_grad_() for n, p in params.items()}
                 middles.append(params)

@@ -11,7 +11,7 @@ from fomal.inner.objective import Objective
 from fomal.models import Conv4
 from fomal.outer import FOMAML, MAML, QueryFOMAML, Reptile, StepCombination
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import minibatch_plan
+from fomal.tasks.sampler import minibatch_indices
 from fomal.utils import tree
 from tests.helpers.oracle import adapt_one, batches, gradient_of
 
@@ -35,7 +35,7 @@ def test_reptile_with_outer_sgd_is_the_papers_interpolation(network, episode, ma
     optimizer = torch.optim.SGD(moved.parameters(), lr=epsilon)
     adapted = [
         adapt_one(
-            network, lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.999)), *batches(episode, inner.plan, t)
+            network, lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.999)), *batches(episode, inner.indices, t)
         )[0]
         for t in range(4)
     ]
@@ -51,7 +51,7 @@ def test_reptile_under_sgd_is_lr_times_the_sum_of_gradients(make_inner, phi):
     inner = make_inner(SGD(0.05))
     gradient, _ = Reptile()(inner, phi)
     total = {name: torch.zeros_like(p) for name, p in phi.items()}
-    for step, index in zip(inner.steps(phi), inner.plan, strict=True):
+    for step, index in zip(inner.steps(phi), inner.indices, strict=True):
         x, y = gather_examples(inner.episode.support_x, index), gather_examples(inner.episode.support_y, index)
         for t in range(4):
             params = {name: p[t].clone().requires_grad_() for name, p in step.before.items()}
@@ -76,7 +76,7 @@ def test_released_fomaml_is_the_last_displacement(network, episode, make_inner, 
     inner = make_inner(Adam(0.01))
     gradient, _ = FOMAML()(inner, phi)
     make = lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.999))  # noqa: E731
-    last = [adapt_one(network, make, *batches(episode, inner.plan, t))[1][-1] for t in range(4)]
+    last = [adapt_one(network, make, *batches(episode, inner.indices, t))[1][-1] for t in range(4)]
     for i, name in enumerate(phi):
         torch.testing.assert_close(gradient[name], -torch.stack([d[i] for d in last]).mean(0), rtol=1e-9, atol=1e-12)
 
@@ -86,7 +86,7 @@ def test_query_fomaml_is_the_raw_query_gradient_at_the_adapted_weights(network, 
     gradient, _ = QueryFOMAML()(inner, phi)
     grads = []
     for t in range(4):
-        adapted, _, _ = adapt_one(network, lambda p: torch.optim.SGD(p, lr=0.1), *batches(episode, inner.plan, t))
+        adapted, _, _ = adapt_one(network, lambda p: torch.optim.SGD(p, lr=0.1), *batches(episode, inner.indices, t))
         grads.append(gradient_of(adapted, episode.query_x[t], episode.query_y[t]))
     for i, name in enumerate(phi):
         torch.testing.assert_close(gradient[name], torch.stack([g[i] for g in grads]).mean(0), rtol=1e-9, atol=1e-12)
@@ -152,8 +152,8 @@ def peak_mib(rule, steps):
     x, y = torch.rand(4, 50, 1, 28, 28), torch.arange(5).repeat_interleave(10).expand(4, -1)
     episode = Episode(x, y, x[:, :25], y[:, :25], torch.arange(4), 5)
     phi = tree.detach(dict(network.named_parameters()))
-    plan, optimizer = minibatch_plan(0, 0, episode.number, 50, steps, 50), SGD(0.01)
-    inner = InnerLoop(Objective(network, True), optimizer, optimizer.init(phi), plan, episode)
+    indices, optimizer = minibatch_indices(0, 0, episode.number, 50, steps, 50), SGD(0.01)
+    inner = InnerLoop(Objective(network, True), optimizer, optimizer.init(phi), indices, episode)
     return peak_bytes(lambda: rule(inner, phi)) / 2**20
 
 

@@ -65,11 +65,11 @@ def test_on_device_the_stream_has_numbers_of_which_the_same_tasks_are_drawn():
 
 def test_on_device_is_refused_where_tasks_are_drawn_elsewhere():
     class Own(SinusoidDataModule):
-        draws_anywhere = False
+        samples_anywhere = False
 
     with pytest.raises(ValueError, match="num_workers=2 would have nothing to do, since on_device=True"):
         SinusoidDataModule(on_device=True, num_workers=2)
-    with pytest.raises(ValueError, match="on_device=True: Own draws its tasks on the CPU: leave it out"):
+    with pytest.raises(ValueError, match="on_device=True: Own samples its tasks on the CPU: leave it out"):
         Own(on_device=True)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fomal.tasks.sampler import choose, minibatch_plan, separate_tail, shuffled
+from fomal.tasks.sampler import choose, minibatch_indices, separate_tail, shuffled
 
 NUMBER = torch.arange(11)
 
@@ -29,9 +29,9 @@ def test_choose_respects_the_size_of_each_class():
 
 @pytest.mark.parametrize(("examples", "batch", "steps"), [(10, 5, 8), (10, 4, 10), (7, 3, 14), (5, 12, 5), (50, 10, 5)])
 def test_cycling_shows_every_example_once_in_each_pass(examples, batch, steps):
-    plan = minibatch_plan(0, 0, NUMBER, examples, steps, batch)
-    assert [tuple(step.shape) for step in plan] == [(11, batch)] * steps
-    stream = torch.cat(plan, 1)  # batches run across the boundary of passes
+    indices = minibatch_indices(0, 0, NUMBER, examples, steps, batch)
+    assert [tuple(step.shape) for step in indices] == [(11, batch)] * steps
+    stream = torch.cat(indices, 1)  # batches run across the boundary of passes
     for start in range(0, steps * batch - examples + 1, examples):
         one_pass = stream[:, start : start + examples].sort(1).values
         assert torch.equal(one_pass, torch.arange(examples).expand(11, -1))
@@ -41,28 +41,28 @@ def test_cycling_shows_every_example_once_in_each_pass(examples, batch, steps):
 
 
 def test_replacement_draws_each_batch_alone_and_without_repeats_inside():
-    plan = torch.stack(minibatch_plan(0, 0, torch.arange(400), 10, 6, 5, replacement=True), 1)  # (T, k, B)
-    assert (plan.sort(-1).values.diff(dim=-1) > 0).all()
-    two = plan[:, :2].flatten(1)
+    indices = torch.stack(minibatch_indices(0, 0, torch.arange(400), 10, 6, 5, replacement=True), 1)  # (T, k, B)
+    assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
+    two = indices[:, :2].flatten(1)
     assert (two.sort(-1).values.diff(dim=-1) == 0).any(), "two independent halves of ten should share examples"
-    counts = plan.flatten().bincount(minlength=10).double()
-    expected = plan.numel() / 10
+    counts = indices.flatten().bincount(minlength=10).double()
+    expected = indices.numel() / 10
     assert ((counts - expected) ** 2 / expected).sum() < 27.9  # 99.9 % quantile, 9 degrees of freedom
 
 
 def test_replacement_refuses_batches_larger_than_the_task():
     with pytest.raises(ValueError, match=r"batch_size=11 exceeds the 10 support examples.*replacement"):
-        minibatch_plan(0, 0, NUMBER, 10, 2, 11, replacement=True)
+        minibatch_indices(0, 0, NUMBER, 10, 2, 11, replacement=True)
 
 
-def test_plans_depend_on_number_seed_and_split_alone():
-    plan = minibatch_plan(3, 1, NUMBER, 10, 3, 4)
-    alone = minibatch_plan(3, 1, NUMBER[6:7], 10, 3, 4)
-    assert all(torch.equal(a[0], p[6]) for a, p in zip(alone, plan, strict=True))
-    longer = minibatch_plan(3, 1, NUMBER, 10, 9, 4)
-    assert all(torch.equal(a, b) for a, b in zip(plan, longer, strict=False))
-    assert not torch.equal(minibatch_plan(4, 1, NUMBER, 10, 3, 4)[0], plan[0])
-    assert not torch.equal(minibatch_plan(3, 2, NUMBER, 10, 3, 4)[0], plan[0])
+def test_minibatch_indices_depend_on_number_seed_and_split_alone():
+    indices = minibatch_indices(3, 1, NUMBER, 10, 3, 4)
+    alone = minibatch_indices(3, 1, NUMBER[6:7], 10, 3, 4)
+    assert all(torch.equal(a[0], p[6]) for a, p in zip(alone, indices, strict=True))
+    longer = minibatch_indices(3, 1, NUMBER, 10, 9, 4)
+    assert all(torch.equal(a, b) for a, b in zip(indices, longer, strict=False))
+    assert not torch.equal(minibatch_indices(4, 1, NUMBER, 10, 3, 4)[0], indices[0])
+    assert not torch.equal(minibatch_indices(3, 2, NUMBER, 10, 3, 4)[0], indices[0])
 
 
 def test_separate_tail_reserves_the_same_number_of_each_class():

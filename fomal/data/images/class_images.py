@@ -96,7 +96,7 @@ class ImageDataModule(EpisodeDataModule):
         ValueError: `on_device` with `class_transforms` or `image_transforms`.
     """
 
-    draws_anywhere: ClassVar[bool] = True
+    samples_anywhere: ClassVar[bool] = True
     division_advice: ClassVar[str] = ""
     classes: dict[str, ClassImages]
     image_format: ImageFormat | None = None

@@ -29,7 +29,7 @@ class Higher(Peer):
     def prepare(self, work: Work, kind: str) -> Callable[[], dict[str, Tensor]]:
         """See `Peer`."""
         innerloop, network, episode = self.imported().innerloop_ctx, work.network(), work.episode(kind)
-        plan = work.plan(kind, episode)
+        indices = work.indices(kind, episode)
         optimizer = torch.optim.SGD(network.parameters(), lr=work.sgd_lr)
         names = [name for name, _ in network.named_parameters()]
         exact = kind == "maml"
@@ -38,7 +38,7 @@ class Higher(Peer):
             mean = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
             for t in range(episode.tasks):
                 with innerloop(network, optimizer, None, False, track_higher_grads=exact) as (fast, inner):
-                    for x, y in batches(episode, plan, t):
+                    for x, y in batches(episode, indices, t):
                         inner.step(loss_of(fast, x, y))
                     loss = loss_of(fast, episode.query_x[t], episode.query_y[t])
                     wanted = list(fast.parameters(time=0 if exact else -1))

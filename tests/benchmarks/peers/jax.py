@@ -52,12 +52,12 @@ class Jax(Peer):
         jax = self.imported()
         jax.config.update("jax_default_matmul_precision", "highest")  # float32, as torch's side
         network, episode = work.network(), work.episode(kind)
-        plan = work.plan(kind, episode)
+        indices = work.indices(kind, episode)
         place = jax.devices("gpu" if work.device == "cuda" else "cpu")[0]
         layout = Layout(network)
         images = episode.support_x.ndim == 5
         arrays = [x.movedim(2, -1) if images else x for x in (episode.support_x, episode.query_x)]
-        arrays += [episode.support_y, episode.query_y, torch.stack(plan, 1)]  # the plan (T, k, B)
+        arrays += [episode.support_y, episode.query_y, torch.stack(indices, 1)]  # the indices (T, k, B)
         compiled = jax.jit(build(jax, self.over_tasks, layout, work, kind))
         double = work.dtype == torch.float64
         with jax.enable_x64(double):
@@ -135,19 +135,19 @@ class Layout:
 
 
 def build(jax: Any, over_tasks: str, layout: Layout, work: Work, kind: str) -> Callable[..., Weights]:
-    """What is compiled: weights, support and query inputs and labels, and the plan, to what `Peer.prepare` says."""
+    """What is compiled: weights, support and query inputs and labels, and the indices, to what `Peer.prepare` says."""
     jnp, tree = jax.numpy, jax.tree.map
     step, begin = optimizer(jax, layout, work, Jax.optimizers[kind])
 
-    def adapt(phi: Weights, x: Any, y: Any, plan: Any) -> Any:
-        return jax.lax.scan(lambda carry, index: (step(carry, x[index], y[index]), None), begin(phi), plan)[0]
+    def adapt(phi: Weights, x: Any, y: Any, indices: Any) -> Any:
+        return jax.lax.scan(lambda carry, index: (step(carry, x[index], y[index]), None), begin(phi), indices)[0]
 
-    def task(phi: Weights, x: Any, query_x: Any, y: Any, query_y: Any, plan: Any) -> Weights:
+    def task(phi: Weights, x: Any, query_x: Any, y: Any, query_y: Any, indices: Any) -> Weights:
         """One task's outer gradient, or for MAML its query loss."""
         if kind == "fomaml":
-            before = adapt(phi, x, y, plan[:-1])
-            return tree(jnp.subtract, before[0], step(before, x[plan[-1]], y[plan[-1]])[0])
-        adapted = adapt(phi, x, y, plan)[0]
+            before = adapt(phi, x, y, indices[:-1])
+            return tree(jnp.subtract, before[0], step(before, x[indices[-1]], y[indices[-1]])[0])
+        adapted = adapt(phi, x, y, indices)[0]
         if kind == "reptile":
             return tree(jnp.subtract, phi, adapted)
         if kind == "evaluation":

@@ -22,14 +22,14 @@ class Learn2Learn(Peer):
     def prepare(self, work: Work, kind: str) -> Callable[[], dict[str, Tensor]]:
         """See `Peer`."""
         episode = work.episode(kind)
-        plan = work.plan(kind, episode)
+        indices = work.indices(kind, episode)
         algorithm = self.imported().algorithms.MAML(work.network(), lr=work.sgd_lr, first_order=kind != "maml")
 
         def outer_gradient() -> dict[str, Tensor]:
             algorithm.zero_grad()
             for t in range(episode.tasks):
                 learner = algorithm.clone()
-                for x, y in batches(episode, plan, t):
+                for x, y in batches(episode, indices, t):
                     learner.adapt(loss_of(learner, x, y))
                 (loss_of(learner, episode.query_x[t], episode.query_y[t]) / episode.tasks).backward()
             return {name: p.grad for name, p in algorithm.module.named_parameters()}
@@ -38,7 +38,7 @@ class Learn2Learn(Peer):
             logits = []
             for t in range(episode.tasks):
                 learner = algorithm.clone()
-                for x, y in batches(episode, plan, t):
+                for x, y in batches(episode, indices, t):
                     learner.adapt(loss_of(learner, x, y))
                 with torch.no_grad():
                     logits.append(protocols(learner, episode, t))

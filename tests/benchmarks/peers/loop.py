@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import Plan
+from fomal.tasks.sampler import MinibatchIndices
 from tests.benchmarks.peers.peer import Peer, batches, protocols
 from tests.benchmarks.works import Work
 from tests.helpers.oracle import loss_of
@@ -35,12 +35,12 @@ class Loop(Peer):
         if kind == "fit":
             return lambda: fit(work)
         network, episode = work.network(), work.episode(kind)
-        plan = work.plan(kind, episode)
+        indices = work.indices(kind, episode)
         if kind == "maml":
-            return lambda: maml(network, episode, plan, work.sgd_lr)
+            return lambda: maml(network, episode, indices, work.sgd_lr)
         if kind == "evaluation":
-            return lambda: evaluate(network, episode, plan, work.adam_lr)
-        return partial(UPDATES[kind], network, episode, plan, work.adam_lr)
+            return lambda: evaluate(network, episode, indices, work.adam_lr)
+        return partial(UPDATES[kind], network, episode, indices, work.adam_lr)
 
 
 def copied(network: nn.Module, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -55,23 +55,23 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
     optimizer.step()
 
 
-def reptile(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def reptile(network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float) -> dict[str, Tensor]:
     mean = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     for t in range(episode.tasks):
         adapted, optimizer = copied(network, lr)
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             step(adapted, optimizer, x, y)
         for name, p in adapted.named_parameters():
             mean[name] += p.detach() / episode.tasks
     return {name: p.detach() - mean[name] for name, p in network.named_parameters()}
 
 
-def fomaml(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def fomaml(network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float) -> dict[str, Tensor]:
     mean = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     for t in range(episode.tasks):
         adapted, optimizer = copied(network, lr)
-        for number, (x, y) in enumerate(batches(episode, plan, t), 1):
-            if number == len(plan):
+        for number, (x, y) in enumerate(batches(episode, indices, t), 1):
+            if number == len(indices):
                 before = [p.detach().clone() for p in adapted.parameters()]
             step(adapted, optimizer, x, y)
         for (name, p), b in zip(adapted.named_parameters(), before, strict=True):
@@ -79,11 +79,11 @@ def fomaml(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[
     return mean
 
 
-def query_fomaml(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def query_fomaml(network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float) -> dict[str, Tensor]:
     mean = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     for t in range(episode.tasks):
         adapted, optimizer = copied(network, lr)
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             step(adapted, optimizer, x, y)
         loss = loss_of(adapted, episode.query_x[t], episode.query_y[t])
         gradients = torch.autograd.grad(loss, list(adapted.parameters()))
@@ -95,12 +95,12 @@ def query_fomaml(network: nn.Module, episode: Episode, plan: Plan, lr: float) ->
 UPDATES = {"reptile": reptile, "fomaml": fomaml, "query_fomaml": query_fomaml}
 
 
-def maml(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def maml(network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float) -> dict[str, Tensor]:
     phi = dict(network.named_parameters())
     mean = {name: torch.zeros_like(p) for name, p in phi.items()}
     for t in range(episode.tasks):
         adapted = phi
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             loss = loss_of(with_weights(network, adapted), x, y)
             gradients = torch.autograd.grad(loss, list(adapted.values()), create_graph=True)
             adapted = {name: p - lr * g for (name, p), g in zip(adapted.items(), gradients, strict=True)}
@@ -114,11 +114,11 @@ def with_weights(network: nn.Module, weights: dict[str, Tensor]) -> Callable[[Te
     return lambda x: torch.func.functional_call(network, weights, (x,))
 
 
-def evaluate(network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def evaluate(network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float) -> dict[str, Tensor]:
     alone, together = [], []
     for t in range(episode.tasks):
         adapted, optimizer = copied(network, lr)
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             step(adapted, optimizer, x, y)
         with torch.no_grad():
             logits = protocols(adapted, episode, t)
@@ -134,7 +134,7 @@ def fit(work: Work) -> dict[str, Tensor]:
     for number in range(work.fit_iterations):
         tasks = work.data.meta_batch_size
         episode = work.prepared("fit", torch.arange(number * tasks, (number + 1) * tasks))
-        gradient = reptile(network, episode, work.plan("fit", episode), work.adam_lr)
+        gradient = reptile(network, episode, work.indices("fit", episode), work.adam_lr)
         with torch.no_grad():
             for name, p in network.named_parameters():
                 p -= (1 - number / work.fit_iterations) * gradient[name]

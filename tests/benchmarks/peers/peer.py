@@ -63,9 +63,9 @@ class Peer(ABC):
         """
 
 
-def batches(episode: Episode, plan: tuple[Tensor, ...], task: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(episode: Episode, indices: tuple[Tensor, ...], task: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The mini-batches of one task, one after the other."""
-    return zip(*oracle.batches(episode, plan, task), strict=True)
+    return zip(*oracle.batches(episode, indices, task), strict=True)
 
 
 def protocols(network: Callable[[Tensor], Tensor], episode: Episode, task: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fomal.tasks.episode import Episode
-from fomal.tasks.sampler import Plan
+from fomal.tasks.sampler import MinibatchIndices
 from tests.benchmarks.peers.peer import Peer, batches
 from tests.benchmarks.works import Work
 from tests.helpers.oracle import loss_of
@@ -24,19 +24,21 @@ class TorchOpt(Peer):
     def prepare(self, work: Work, kind: str) -> Callable[[], dict[str, Tensor]]:
         """See `Peer`."""
         torchopt, network, episode = self.imported(), work.network(), work.episode(kind)
-        plan = work.plan(kind, episode)
+        indices = work.indices(kind, episode)
         if kind == "maml":
-            return lambda: maml(torchopt, network, episode, plan, work.sgd_lr)
-        return lambda: query_fomaml(torchopt, network, episode, plan, work.adam_lr)
+            return lambda: maml(torchopt, network, episode, indices, work.sgd_lr)
+        return lambda: query_fomaml(torchopt, network, episode, indices, work.adam_lr)
 
 
-def maml(torchopt: Any, network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def maml(
+    torchopt: Any, network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float
+) -> dict[str, Tensor]:
     phi = dict(network.named_parameters())
     mean = {name: torch.zeros_like(p) for name, p in phi.items()}
     optimizer = torchopt.MetaSGD(network, lr=lr)
     start = [torchopt.extract_state_dict(of, by="reference") for of in (network, optimizer)]
     for t in range(episode.tasks):
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             optimizer.step(loss_of(network, x, y))
         loss = loss_of(network, episode.query_x[t], episode.query_y[t])
         for name, gradient in zip(mean, torch.autograd.grad(loss, list(phi.values())), strict=True):
@@ -46,7 +48,9 @@ def maml(torchopt: Any, network: nn.Module, episode: Episode, plan: Plan, lr: fl
     return mean
 
 
-def query_fomaml(torchopt: Any, network: nn.Module, episode: Episode, plan: Plan, lr: float) -> dict[str, Tensor]:
+def query_fomaml(
+    torchopt: Any, network: nn.Module, episode: Episode, indices: MinibatchIndices, lr: float
+) -> dict[str, Tensor]:
     optimizer = torchopt.adam(lr, betas=(0.0, 0.999))
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def query_fomaml(torchopt: Any, network: nn.Module, episode: Episode, plan: Plan
     mean = {name: torch.zeros_like(p) for name, p in phi.items()}
     for t in range(episode.tasks):
         weights, state = phi, optimizer.init(phi)
-        for x, y in batches(episode, plan, t):
+        for x, y in batches(episode, indices, t):
             updates, state = optimizer.update(torch.func.grad(loss)(weights, x, y), state, inplace=False)
             weights = torchopt.apply_updates(weights, updates, inplace=False)
         for name, gradient in torch.func.grad(loss)(weights, episode.query_x[t], episode.query_y[t]).items():
