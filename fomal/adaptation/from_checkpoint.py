@@ -20,7 +20,8 @@ from fomal.inner.loss import Loss, predicts_classes
 from fomal.inner.objective import Objective
 from fomal.inner.optimizer import SHARED, InnerOptimizer
 from fomal.learner.build import build, read_checkpoint
-from fomal.learner.meta_learner import REPLICAS_GIVEN, MetaLearner
+from fomal.learner.checkpointed import REPLICAS_GIVEN
+from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.restoring import misfits, take_dtypes
 from fomal.learner.settings import InnerSchedule
 from fomal.learner.watch import nonfinite, refuse_nonfinite_weights

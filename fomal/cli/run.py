@@ -46,9 +46,10 @@ from fomal.learner.build import (
     replica_configs,
     stream_seed,
 )
-from fomal.learner.meta_learner import GROUPS, MetaLearner
+from fomal.learner.meta_learner import MetaLearner
 from fomal.learner.preflight import check_epochs, check_outer_step, check_precision
 from fomal.learner.replicas import Replicas
+from fomal.learner.settings import GROUPS
 from fomal.run.checkpoints import meta_iterations
 from fomal.run.moved import refusal
 from fomal.run.trust import Trust

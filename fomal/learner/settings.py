@@ -198,3 +198,10 @@ class Execution:
 def _linear(total: int, final: float, step: int) -> float:
     """The share of the outer step size after `step` of `total` meta-iterations."""
     return 1 + (final - 1) * min(step / max(total, 1), 1)
+
+
+TRAIN, EVAL, OUTER, EXECUTION = InnerSchedule(), EvalSchedule(steps=50, batch_size=5), OuterStep(), Execution()
+"""The defaults."""
+
+GROUPS: dict[str, Any] = {"train": TRAIN, "eval": EVAL, "outer": OUTER, "execution": EXECUTION}
+"""The arguments that are settings which belong together, with their defaults."""

@@ -17,8 +17,8 @@ import yaml
 
 from fomal.cli import main
 from fomal.inner import Adam
-from fomal.learner.meta_learner import GROUPS, MetaLearner
-from fomal.learner.settings import EvalSchedule, Execution, InnerSchedule
+from fomal.learner.meta_learner import MetaLearner
+from fomal.learner.settings import GROUPS, EvalSchedule, Execution, InnerSchedule
 from fomal.models import MLP
 from fomal.outer import Reptile
 from fomal.plots.runs import read_run
