@@ -9,22 +9,20 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import lightning as L
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fomal.inner.loss import Loss, kinds, refuse_missing
-from fomal.inner.optimizer import InnerOptimizer, State
+from fomal.inner.loss import kinds, refuse_missing
+from fomal.learner.adapting import Adapting
 from fomal.learner.preflight import total_steps
 from fomal.learner.restoring import check_carried, check_module, check_outer, misfits, take_dtypes, take_state
-from fomal.learner.settings import GROUPS, InnerSchedule, OuterStep
+from fomal.learner.settings import GROUPS
 from fomal.learner.watch import refuse_nonfinite_state, refuse_nonfinite_weights
 from fomal.run.provenance import commits, versions
 from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.run.trust import check_states
-from fomal.utils.tree import Tree
 
 OUTER_KEPT = ("final", "clip_val", "clip_algorithm", "parameters", "on_nonfinite")
 """Of an outer step, what a checkpoint keeps: all in plain values."""
@@ -32,26 +30,12 @@ OUTER_KEPT = ("final", "clip_val", "clip_algorithm", "parameters", "on_nonfinite
 REPLICAS_GIVEN = "the checkpoint is of replicas: give that of one, replica_0/checkpoints/last.ckpt, say."
 
 
-class Checkpointed(L.LightningModule):
-    """A learner that is saved and restored; its attributes are those of `MetaLearner`."""
+class Checkpointed(Adapting):
+    """A learner that is saved and restored; its settings are those of `MetaLearner`."""
 
-    network: nn.Module
-    inner_optimizer: InnerOptimizer
     inner_state: str
-    adapt: list[str] | None
-    adapted: frozenset[str] | None
-    train_schedule: InnerSchedule
-    eval_schedule: InnerSchedule
-    loss: Loss | None
-    query_loss: Loss | None
-    outer: OuterStep
-    carried: State | None
     config: dict[str, Any]
     skipped_tasks: int
-
-    @abstractmethod
-    def _initially_adapted(self) -> Tree:
-        """The part of the initialisation that the inner loop adapts."""
 
     @abstractmethod
     def _outer(self, parameters: Iterable[nn.Parameter]) -> tuple[Optimizer, LRScheduler]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -14,40 +12,23 @@ from fomal.evaluation.figures import Quantity, reported
 from fomal.evaluation.metrics import Metric, check_metrics
 from fomal.evaluation.protocols import ClassificationResult, RegressionResult, evaluate, in_order, metrics_of
 from fomal.evaluation.tally import Tally
-from fomal.inner.loop import InnerLoop
-from fomal.inner.objective import Objective
-from fomal.inner.optimizer import State
-from fomal.learner.settings import EvalSchedule, InnerSchedule
+from fomal.learner.adapting import Adapting
+from fomal.learner.settings import EvalSchedule
 from fomal.tasks.episode import Episode, refuse_others
 from fomal.utils.pytree import Data
-from fomal.utils.tree import Tree
 
 
-class Evaluating(L.LightningModule):
+class Evaluating(Adapting):
     """A module that evaluates an initialisation.
 
     Attributes:
         results: what the last evaluation found: figures, their units and directions, the number of tasks.
         metrics: what is measured; None: what the loss says.
-        eval_schedule: the inner steps on a task.
-        objective: losses and predictions of the network.
-        chunks: how many tasks are adapted at once.
     """
 
     results: dict[str, Any]
     metrics: list[Metric] | None
-    eval_schedule: InnerSchedule
-    objective: Objective
-    chunks: Chunks
     _tally: Tally | None  # it begins with each evaluation, and is nothing to be saved
-
-    @abstractmethod
-    def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
-        """The inner loops of tasks of one size, on the evaluation's schedule where they are not for training."""
-
-    @abstractmethod
-    def initialisation(self) -> Tree:
-        """The parameters that are evaluated."""
 
     def metrics_for(self, y: Data) -> list[Metric]:
         """The metrics of targets y (T, Q, *target): those given, or the loss's own."""

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from fomal.inner.optimizer import InnerOptimizer
+from fomal.learner.guarded import Guarded
 from fomal.learner.meta_learner import MetaLearner
-from fomal.learner.preflight import check_epochs, check_outer_step
 from fomal.learner.restoring import check_module, misfits
 from fomal.learner.side_by_side import SideBySide, of_run, optimizer_of_all
 from fomal.learner.watch import LOOK_EVERY, Watch, nonfinite, refuse_nonfinite_state, refuse_nonfinite_weights
 from fomal.outer.meta_gradient import MetaGradient, mean_over_processes, meta_gradient
 from fomal.run.schema import CHECKPOINT_FORMAT, check_checkpoint
 from fomal.run.trust import check_states
-from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode
 from fomal.tasks.replicated import ReplicatedDataModule
 from fomal.utils.fingerprint import settings
@@ -29,7 +27,7 @@ from fomal.utils.processes import refuse_disagreement
 SAME = ("train_schedule", "eval_schedule", "inner_state")
 
 
-class Replicas(L.LightningModule):
+class Replicas(Guarded):
     """R learners trained at once: the inner loops of all their tasks are one, and data and launches are shared.
 
     Each is the run that it would be alone, up to rounding: with its own tasks (`ReplicatedDataModule`), carried state,
@@ -169,14 +167,6 @@ class Replicas(L.LightningModule):
 
     # -- checks before work starts, and checkpoints
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """None; see `MetaLearner.configure_callbacks`."""
-        if self.trainer.state.fn == "fit":
-            check_outer_step(self.trainer)
-            if isinstance(getattr(self.trainer, "datamodule", None), EpisodeDataModule):
-                check_epochs(self.trainer)
-        return []
-
     def setup(self, stage: str) -> None:
         """Refuse, before any work, what cannot run, for each learner by itself."""
         data = getattr(self.trainer, "datamodule", None)
@@ -201,14 +191,6 @@ class Replicas(L.LightningModule):
         """Refuse weights that are not finite, once training has not."""
         if self.trainer.state.fn != "fit":
             self.refuse_nonfinite()
-
-    def on_test_start(self) -> None:
-        """Refuse weights that are not finite."""
-        self.refuse_nonfinite()
-
-    def on_predict_start(self) -> None:
-        """Refuse weights that are not finite."""
-        self.refuse_nonfinite()
 
     def refuse_nonfinite(self) -> None:
         """Raise FloatingPointError where a weight of a replica that has not stopped is infinite or NaN."""
