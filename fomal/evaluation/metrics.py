@@ -55,7 +55,7 @@ class Metric(ABC):
 
     @abstractmethod
     def measure(self, predicted: Predicted) -> Tensor:
-        """The value of each task, (T,) float64; NaN where a prediction is not finite.
+        """The value of each task, (T,), which changes neither predictions nor targets; NaN where one is not finite.
 
         Raises:
             ValueError: the metric does not fit predictions and targets, or does not return what it should.

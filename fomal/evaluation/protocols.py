@@ -28,8 +28,8 @@ class ClassificationResult(NamedTuple):
         logits: (T, Q, ways), each query forwarded with the support set and nothing else; (T, Q, *places, ways) where
             an example has many labels.
         logits_transductive: likewise, all queries of a task in one forward pass.
-        figures: each metric's values (T, 2, P), float64: from `logits`, then from `logits_transductive`, after each of
-            `steps`, or after the last step alone.
+        figures: each metric's values (T, 2, P), float64, or the loss's dtype: from `logits`, then from
+            `logits_transductive`, after each of `steps`, or after the last step alone.
         distance: (T,), of the adapted parameters from the initialisation: D(phi, W_t) in section 5.2 of Nichol et
             al. 2018, Euclidean.
         steps: the inner steps that are reported, 0 for before adaptation; empty for the last alone.
@@ -58,7 +58,7 @@ class RegressionResult(NamedTuple):
     Attributes:
         predictions: (T, Q, *prediction) after the last step, all queries of a task in one forward pass; a tensor or
             nested dicts of tensors.
-        figures: each metric's values (T, 1, P), float64, after each of `steps`.
+        figures: each metric's values (T, 1, P), float64, or the loss's dtype, after each of `steps`.
         distance: (T,), of the adapted parameters from the initialisation, Euclidean.
         steps: the inner steps that are reported, 0 for before adaptation.
     """

@@ -86,7 +86,7 @@ class SideBySide(InnerLoop):
         """The inner loops of the tasks of the given places alone, of each run."""
 
         def chosen(t: Tensor) -> Tensor:
-            return t.view(self.runs, -1, *t.shape[1:])[:, tasks].flatten(0, 1)
+            return t.view(self.runs, len(t) // self.runs, *t.shape[1:])[:, tasks].flatten(0, 1)
 
         episode = self.episode.map(chosen)
         optimizer = self.per_task(episode.tasks // self.runs, self.device)
