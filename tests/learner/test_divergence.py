@@ -122,13 +122,13 @@ def test_a_test_task_that_is_not_finite_is_named() -> None:
 
 def test_outputs_that_are_nan_are_no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, data = blob_learner(), Blobs(test_tasks=4, eval_tasks_per_batch=2)
-    alone = protocols._alone
+    inductive = protocols._inductive
 
     def spoilt(inner: InnerLoop, params: Tree) -> Predicted:
-        predicted, bad = alone(inner, params), (inner.episode.number == 2)[:, None, None]
+        predicted, bad = inductive(inner, params), (inner.episode.number == 2)[:, None, None]
         return Predicted(predicted.y, lambda: predicted.prediction.where(~bad, torch.nan), lambda: predicted.losses)
 
-    monkeypatch.setattr(protocols, "_alone", spoilt)
+    monkeypatch.setattr(protocols, "_inductive", spoilt)
     with pytest.warns(UserWarning, match="of task 2 are not finite, nor are the means: lower model.inner_optimizer.lr"):
         trainer().test(learner, datamodule=data, verbose=False)
     assert torch.tensor(learner.results["metrics"]["test/accuracy"]).isnan()
