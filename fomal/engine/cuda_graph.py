@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fomal.engine.tracing import NARROW_TOLERANCE, WIDE_TOLERANCE
-from fomal.utils.checks import first_line
-from fomal.utils.pytree import flatten, parts, signature, skeleton, unflatten
-from fomal.utils.tree import difference
-
-log = logging.getLogger(__name__)
+from fomal.engine.backend import Backend, deviation
+from fomal.utils.pytree import flatten, leaves, skeleton, unflatten
 
 Replay = Callable[[], Sequence[Tensor]]
 Function = Callable[[list[Tensor]], list[Tensor]]
@@ -26,9 +21,6 @@ Capture = Callable[[Function, list[Tensor]], Replay]
 
 WARM_UP = 3  # runs before a capture, as torch asks for: libraries choose algorithms and allocate in them
 MOST = 8  # graphs, each of which keeps its memory
-TOLERANCE = {torch.float64: WIDE_TOLERANCE, torch.float32: NARROW_TOLERANCE}
-SPREAD = 10
-"""How many times as far from the plain run a replay may be as a second plain run is: some GPU sums vary in order."""
 
 
 def cuda_graph(function: Function, buffers: list[Tensor]) -> Replay:
@@ -76,9 +68,8 @@ CAPTURES: dict[str, Capture] = {"cuda": cuda_graph}
 
 @dataclass
 class _Graph:
-    """What was captured for inputs of one signature, with the tensors it reads and the form of its result."""
+    """What was captured, with the tensors it reads and the form of its result."""
 
-    signature: Any
     buffers: list[Tensor]
     replay: Replay
     form: Any
@@ -92,105 +83,80 @@ class _Graph:
         return unflatten(self.form, own)
 
 
-class Captured:
+class Captured(Backend):
     """A function of tensors in nested dicts and tuples, captured.
 
-    One graph is captured for each signature: names, shapes, dtypes, autocast, and all that is no tensor. It is proven
-    at its first use: on the inputs at hand, and on others in place of every one of them, a replay must give what the
-    plain function gives. Otherwise, where it cannot be captured, and where it draws from torch's generators, the
-    function is run plainly from then on, and one line says why. A result owns its memory.
+    One graph is captured for each key, see `Backend`: on the inputs at hand, and on others in place of every one of
+    them, a replay must give what the plain function gives. A result owns its memory.
 
     Args:
-        function: of tensors alone; what else it depends on is in `settings`, and does not change in place.
+        function: of tensors alone; what else it depends on is the network and in `settings`, and does not change in
+            place.
         vary: other inputs in place of given ones, with other values of every tensor that the result depends on: what a
             capture holds on to shows with them.
+        network: that it uses.
         name: of the function, for the message.
-        settings: returns the values of the host that `function` depends on.
+        settings: returns the values of the host that `function` depends on, hashable.
         capture: how to capture.
-
-    Attributes:
-        reason: why it runs plainly; empty where it does not.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         vary: Callable[..., tuple[Any, ...]],
+        network: nn.Module,
         name: str,
         settings: Callable[[], Any],
         capture: Capture,
     ) -> None:
-        self.function, self.vary, self.name, self.settings, self.capture = function, vary, name, settings, capture
-        self.reason = ""
-        self._graphs: list[_Graph] = []
+        draws = "it draws random numbers from torch's generator, as dropout does"
+        super().__init__(network, f"{name} are not captured: %s", draws, "capture", storages=True)
+        self.function, self.vary, self.settings, self.capture = function, vary, settings, capture
+
+    def beside(self) -> Any:
+        """See `Backend`."""
+        return self.settings()
 
     def __call__(self, *inputs: Any) -> Any:
         """The function's result."""
+        if not self.reason:
+            self.look()
         if self.reason:
             return self.function(*inputs)
         tensors, form = flatten(inputs)
-        key = (form, signature(tensors), torch.is_grad_enabled(), self.settings())
-        for graph in self._graphs:
-            if graph.signature == key:
-                return graph(tensors)
-        return self._first(inputs, key)
+        key = self.key(self.settings(), form, tensors)
+        if key not in self.ways and len(self.ways) == MOST:
+            self.give_up(f"it is given more than {MOST} kinds of inputs")
+        graph = self.way(key, lambda: self.function(*inputs), lambda expected: self._proven(inputs, expected), inputs)
+        return self.function(*inputs) if graph is None else graph(tensors)
 
-    def forget(self) -> None:
-        """Free the graphs and their memory."""
-        self._graphs = []
-
-    def _first(self, inputs: tuple[Any, ...], key: Any) -> Any:
-        """The plain result; then capture and prove."""
-        device = flatten(inputs)[0][0].device
-        before = _generators(device)
-        found = self.function(*inputs)
-        if not all(t.isfinite().all() for t in flatten(found)[0]):
-            return found  # there is nothing to compare
-        if _generators(device) != before:
-            reason = "it draws random numbers from torch's generator, as dropout does"
-        elif len(self._graphs) == MOST:
-            reason = f"it is given more than {MOST} kinds of inputs"
-        else:
-            reason = self._try(inputs, key)
-        if reason:
-            self.reason = reason
-            self.forget()
-            log.warning("%s are not captured: %s", self.name, reason)
-        return found
-
-    def _try(self, inputs: tuple[Any, ...], key: Any) -> str:
-        """Capture; why that cannot be used, or nothing."""
+    def _proven(self, inputs: tuple[Any, ...], expected: Any) -> _Graph:
+        """A graph, compared with the plain function."""
         try:
-            graph = self._captured(inputs, key)
-            reason = self._wrong(graph, inputs) or self._wrong(graph, self.vary(*inputs))
-        except Exception as error:  # capturing raises many kinds, and users' modules any
-            return first_line(error.__context__ or error)  # ending a capture fails too, after what spoilt it
-        if not reason:
-            self._graphs.append(graph)
-        return reason
+            graph = self._captured(inputs)
+        except Exception as error:
+            raise error.__context__ or error from None  # ending a capture fails too, after what spoilt it
+        others = self.vary(*inputs)
+        self._compare(graph, inputs, expected)
+        self._compare(graph, others, self.function(*others))
+        return graph
 
-    def _captured(self, inputs: tuple[Any, ...], key: Any) -> _Graph:
-        buffers = [t.detach().clone() for t in flatten(inputs)[0]]
+    def _captured(self, inputs: tuple[Any, ...]) -> _Graph:
+        buffers = [t.detach().clone() for t in leaves(inputs)]
         results = []  # for their form
 
         def flat(tensors: list[Tensor]) -> list[Tensor]:
             results.append(skeleton(found := self.function(*unflatten(inputs, tensors))))
-            return flatten(found)[0]
+            return leaves(found)
 
         with _no_cast_kept():
             replay = self.capture(flat, buffers)
-        return _Graph(key, buffers, replay, results[-1])
+        return _Graph(buffers, replay, results[-1])
 
-    def _wrong(self, graph: _Graph, inputs: tuple[Any, ...]) -> str:
-        """How a replay differs from the plain result, in words; empty where it equals it up to rounding."""
-        results = graph(flatten(inputs)[0]), self.function(*inputs), self.function(*inputs)
-        for found, expected, again in zip(*map(parts, results), strict=True):
-            error, scale = difference(found, expected)
-            tolerance = TOLERANCE.get(next(iter(expected.values())).dtype, 0.1) * scale
-            spread = SPREAD * difference(again, expected)[0]
-            if not error <= torch.maximum(tolerance, torch.minimum(spread, 0.1 * scale)):
-                return f"a replay is off by {error / scale:.1e} of the result's norm"
-        return ""
+    def _compare(self, graph: _Graph, inputs: tuple[Any, ...], expected: Any) -> None:
+        """Raise ValueError where a replay differs from the plain result; some sums of GPUs vary in order, each time."""
+        if off := deviation(graph(leaves(inputs)), expected, self.function(*inputs)):
+            raise ValueError(f"a replay is off by {off[1]:.1e} of the result's norm")
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -214,11 +180,3 @@ def _no_cast_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-def _generators(device: torch.device) -> list[list[int]]:
-    """The states of torch's generators, which are on the host."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return [state.tolist() for state in states]

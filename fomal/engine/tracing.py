@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,14 +12,12 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 
+from fomal.engine.backend import Backend, deviation, in_float64
 from fomal.engine.functional import full_precision, helpers, is_short, with_helpers
 from fomal.engine.kernels import StackedOperations
-from fomal.utils.checks import first_line
-from fomal.utils.fingerprint import Snapshot, changes, settings
-from fomal.utils.pytree import autocast_dtype, flatten, map_leaves, signature, skeleton, unflatten
-from fomal.utils.tree import Tree, difference
-
-log = logging.getLogger(__name__)
+from fomal.utils.fingerprint import settings
+from fomal.utils.pytree import autocast_dtype, flatten, leaves, map_leaves, skeleton, unflatten
+from fomal.utils.tree import Tree
 
 Function = Callable[..., Any]
 Trace = Callable[[list[Tensor]], Any]
@@ -36,26 +31,15 @@ BENT_TOLERANCE = 0.1
 """Likewise for every task: where rounding takes one of its ReLUs over the bend, all gradients below it change."""
 SHORT_TOLERANCE = 0.2
 """Likewise for most of the tasks in 16 bits, where a trace has them and torch under `vmap` has not."""
-SPREAD = 10
-"""How many times as far off as rounding alone takes the plain function a trace may be, up to a part of the norm."""
-LARGEST = 0.02
-"""That part, for most of the tasks."""
-MOST_CHANGES = 20
-"""How often a network may change before trace it stops, since each trace takes a second or more."""
 
 
-class Tracer:
+class Tracer(Backend):
     """Traces functions of a network over all tasks, and replays them.
 
     `torch.func.vmap` and `grad` are gone from a trace: what is left are their operations on stacked tensors, with
-    those of `fomal.engine.kernels` among them. A trace is compared with the function itself before it is used, in
-    float64 and in the working precision, for each shape; where it cannot be made or differs, functions run as they are
-    written from then on, and one line says why. Results differ by rounding.
-
-    Whatever the network's forward does beside torch operations happens once only, so it must be the same each time.
-    A network that draws random numbers, that has hooks, or that changes its own attributes is not traced. Where a
-    network has changed, in its modules, their settings or hooks, it is traced again; frozen parameters and buffers
-    are read at each replay.
+    those of `fomal.engine.kernels` among them. It is compared with the function, see `Backend`, in float64 and in the
+    working precision; results differ by rounding. Whatever the network's forward does beside torch operations happens
+    once only, so it must be the same each time; frozen parameters and buffers are read at each replay.
 
     Args:
         network: the network.
@@ -64,34 +48,30 @@ class Tracer:
         losses: what the functions use beside the network.
     """
 
+    passes = (torch.OutOfMemoryError,)  # there may be room for fewer tasks
+
     def __init__(
-        self,
-        network: nn.Module,
-        wanted: bool | None = None,
-        compiled: bool = False,
-        losses: Sequence[object] = (),
+        self, network: nn.Module, wanted: bool | None = None, compiled: bool = False, losses: Sequence[object] = ()
     ) -> None:
-        self.network, self.losses = network, losses
-        self.compiled = compiled
-        self.reason = ""  # why functions run as they are written
-        self.wanted = wanted
-        self.is_on = wanted is not False
-        self._changes = 0
-        self._forget()
+        how = "not compiled" if compiled else "which is slower (same results)"
+        line = f"{type(network).__name__} runs as it is written, {how}: %s"
+        line += "; model.execution.traced: false says so beforehand"
+        super().__init__(network, line, "the network draws random numbers", "trace")
+        self.wanted, self.compiled, self.losses = wanted, compiled, losses
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without traces, which a copy or another process makes for itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("_traces", "_seen", "_others")}
+    @property
+    def is_on(self) -> bool:
+        """Tell whether functions are traced."""
+        return self.wanted is not False and not self.reason
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """See `__getstate__`."""
-        vars(self).update(state)
-        self._forget()
+    def forget(self) -> None:
+        """See `Backend`."""
+        super().forget()
+        self._others: dict[frozenset[str], Tree] = {}  # the network's tensors beside given parameters
 
-    def _forget(self) -> None:
-        self._traces: dict[Any, Trace] = {}
-        self._seen: Snapshot | None = None  # the network that the traces are of
-        self._others: dict[frozenset[str], Tree] = {}  # its tensors beside given parameters
+    def beside(self) -> Any:
+        """See `Backend`."""
+        return [*map(settings, self.losses)]
 
     def __call__(self, name: Any, function: Function, *args: Any) -> Any:
         """`function(*args)`, a function of tensors with tasks in front.
@@ -102,39 +82,35 @@ class Tracer:
             args: tensors, in nested dicts and tuples; of these the first holds parameters by their names, in one dict
                 or several.
         """
+        if self.is_on:
+            self.look()
         if not self.is_on:
             return function(*args)
-        modes = self._look()
         whole_args = (self._tensors(args[0]), *args)
-        leaves, form = flatten(whole_args)
-        if any(_is_transformed(leaf) for leaf in leaves):
+        tensors, form = flatten(whole_args)
+        if any(_is_transformed(t) for t in tensors):
             return function(*args)
-        leaves = [leaf.contiguous() for leaf in leaves]
-        key = (name, *form, *signature(leaves), modes)
-        trace = self._traces.get(key)
-        if trace is None:
-            try:
-                trace = self._traced(with_helpers(self.network, function), unflatten(whole_args, leaves))
-            except torch.OutOfMemoryError:  # there may be room for fewer tasks
-                raise
-            except Exception as error:  # of the network, of trace, or of the compiler: many kinds
-                self._give_up(first_line(error))
-            if trace is None:
-                return function(*args)
-            self._traces[key] = trace
-        return trace(leaves)
+        tensors = [t.contiguous() for t in tensors]
+        key = self.key(name, form, tensors)
+        trace = self.ways.get(key) or self._first(key, function, unflatten(whole_args, tensors))
+        return function(*args) if trace is None else trace(tensors)
 
-    def _look(self) -> tuple[bool, ...]:
-        """Forget the traces of a network that has changed since; the training modes of its modules."""
-        seen = self._seen
-        now = Snapshot(self.network) if seen is None else seen.now()
-        if seen is not None and now is not seen and seen.changed(now):
-            self._changes += 1
-            self._forget()
-            if self._changes == MOST_CHANGES:
-                self._give_up(f"it has changed {MOST_CHANGES} times, and is traced again after each change")
-        self._seen = now
-        return now.modes
+    def _first(self, key: Any, function: Function, args: Any) -> Trace | None:
+        """The trace of a function, at its first use; `args` begin with the network's other tensors."""
+        whole = with_helpers(self.network, function)
+        if reason := self._unsuitable():
+            self.give_up(reason)
+        exact = nullcontext() if self.compiled else full_precision(leaves(args)[0].device)  # the compiler has settings
+        with exact:
+            return self.way(key, lambda: whole(*args), lambda expected: self._traced(whole, args, expected), args)  # type: ignore[no-any-return]
+
+    def _unsuitable(self) -> str:
+        """Why the network is not traced, as far as is seen beforehand; empty where it may be."""
+        if self.wanted is None and (unknown := _unknown(self.network, self.losses)):
+            remedy = "model.execution.traced: true says that it does"
+            return f"{unknown} is not known to compute the same each time; {remedy}"
+        hooked = _hooked(self.network)
+        return "" if hooked is None else f"{hooked or 'the network'} has hooks, which would run once only"
 
     def _tensors(self, params: Tree | tuple[Tree, ...]) -> Tree:
         """The network's tensors beside given parameters."""
@@ -144,47 +120,18 @@ class Tracer:
         wanted = torch.is_grad_enabled()
         return {slot: t if wanted and t.requires_grad else t.detach() for slot, t in self._others[given].items()}
 
-    def _traced(self, function: Function, args: Any) -> Trace | None:
-        """A trace, compared with the function; None where the result is not finite, and nothing can be compared."""
-        if self.wanted is None and (unknown := _unknown(self.network, self.losses)):
-            raise ValueError(
-                f"{unknown} is not known to compute the same each time; model.execution.traced: true says that it does"
-            )
-        if (hooked := _hooked(self.network)) is not None:
-            raise ValueError(f"{hooked or 'the network'} has hooks, which would run once only")
-        leaves = flatten(args)[0]
-        exact = nullcontext() if self.compiled else full_precision(leaves[0].device)  # the compiler keeps to settings
-        with torch.random.fork_rng(_cuda_devices(args)), _restored_random_states(), exact:
-            before, network, counts = _random_states(), Snapshot(self.network), [*map(changes, leaves)]
-            losses = [*map(settings, self.losses)]
-            expected = function(*args)
-            if _random_states() != before:
-                raise ValueError("the network draws random numbers")
-            if network.changed(Snapshot(self.network)) or counts != [*map(changes, leaves)]:
-                raise ValueError("its forward changes its own attributes or buffers, as a trace would once only")
-            if losses != [*map(settings, self.losses)]:
-                raise ValueError("the loss changes its own attributes, as a trace would once only")
-            if not all(t.isfinite().all() for t in flatten(expected)[0]):
-                return None
-            if (wide := _wide(function, args)) is not None:
-                _compare(make_trace(function, wide[0])(flatten(wide[0])[0]), wide[1], WIDE_TOLERANCE, WIDE_TOLERANCE)
-            rough = wide or _shaken(function, args)
-            trace = make_trace(function, args, self.compiled)
-            is_narrow = _is_short(leaves) or is_short(self.network)
-            most, each = (SHORT_TOLERANCE, 1.0) if is_narrow else (NARROW_TOLERANCE, BENT_TOLERANCE)
-            _compare(trace(leaves), expected, most, each, rough[1])
+    def _traced(self, function: Function, args: Any, expected: Any) -> Trace:
+        """A trace, compared with the function."""
+        given = leaves(args)
+        wide = in_float64(function, args) if any(t.dtype == torch.float32 for t in given) else None
+        if wide is not None:
+            _compare(make_trace(function, wide[0])(leaves(wide[0])), wide[1], None, WIDE_TOLERANCE, WIDE_TOLERANCE)
+        rough = wide[1] if wide else function(*map_leaves(_shaken, args))
+        trace = make_trace(function, args, self.compiled)
+        is_narrow = _is_short(given) or is_short(self.network)
+        most, each = (SHORT_TOLERANCE, 1.0) if is_narrow else (NARROW_TOLERANCE, BENT_TOLERANCE)
+        _compare(trace(given), expected, rough, most, each)
         return trace
-
-    def _give_up(self, reason: str) -> None:
-        self.is_on = False
-        self.reason = reason
-        self._forget()
-        log.warning(
-            "%s runs as it is written, %s: %s; model.execution.traced: false says so beforehand",
-            type(self.network).__name__,
-            "not compiled" if self.compiled else "which is slower (same results)",
-            reason,
-        )
 
 
 def make_trace(function: Function, args: Any, compiled: bool = False) -> Trace:
@@ -197,21 +144,20 @@ def make_trace(function: Function, args: Any, compiled: bool = False) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    leaves, results = flatten(args)[0], []  # the results for their form
+    results = []  # for their form
 
-    def flat(*leaves: Tensor) -> list[Tensor]:
-        results.append(skeleton(found := function(*unflatten(args, leaves))))
-        return flatten(found)[0]
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        results.append(skeleton(found := function(*unflatten(args, tensors))))
+        return leaves(found)
 
     # One mode for all fake tensors, of which the tracer would otherwise make one for each operation.
     context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     with StackedOperations(), tracing(context):
-        graph = make_fx(flat)(*leaves)
+        graph = make_fx(flat)(*leaves(args))
     module = GraphModule(graph, graph.graph)
     join_equals(module)
     run: Function = torch.compile(keep_batch_norm(module), dynamic=False) if compiled else module
-
-    return lambda leaves: unflatten(results[-1], run(*leaves))
+    return lambda tensors: unflatten(results[-1], run(*tensors))
 
 
 VIEWS = {
@@ -271,99 +217,26 @@ def _unknown(network: nn.Module, losses: Sequence[object]) -> str:
     return next((type(part).__name__ for part in parts if type(part).__module__.split(".")[0] not in known), "")
 
 
-def _is_short(leaves: list[Tensor]) -> bool:
+def _is_short(tensors: list[Tensor]) -> bool:
     """Tell whether there are 16-bit floating-point numbers in it."""
-    return autocast_dtype(leaves[0].device.type) is not None or any(leaf.dtype == torch.bfloat16 for leaf in leaves)
+    return autocast_dtype(tensors[0].device.type) is not None or any(t.dtype == torch.bfloat16 for t in tensors)
 
 
-def _is_transformed(leaf: Tensor) -> bool:
+def _is_transformed(t: Tensor) -> bool:
     """Tell whether derivatives are taken of it; a trace has none of its own."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(leaf) or leaf.requires_grad
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or t.requires_grad
 
 
-def _random_states() -> tuple[Any, ...]:
-    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), str(numpy.random.get_state()) if numpy else "", torch.get_rng_state().tolist(), cuda
+def _shaken(t: Tensor) -> Tensor:
+    """Numbers that differ by a rounding, to show how much of a difference rounding makes."""
+    return t * (1 + torch.finfo(t.dtype).eps * torch.randn_like(t)) if t.is_floating_point() else t
 
 
-@contextmanager
-def _restored_random_states() -> Iterator[None]:
-    """Put Python's and numpy's random states back at the end, as `torch.random.fork_rng` does torch's."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-
-
-def _cuda_devices(args: Any) -> set[torch.device]:
-    return {leaf.device for leaf in flatten(args)[0] if leaf.device.type == "cuda"}
-
-
-def _wide(function: Function, args: Any) -> tuple[Any, Any] | None:
-    """Arguments and result in float64; None where they are so, or where parts of the network are not among them."""
-    if not any(leaf.dtype == torch.float32 for leaf in flatten(args)[0]):
-        return None
-    wide = map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, args)
-    try:
-        return wide, function(*wide)
-    except Exception:  # of networks with types of their own
-        return None
-
-
-def _shaken(function: Function, args: Any) -> tuple[Any, Any]:
-    """Arguments that differ by a rounding, and their result: how much of a difference rounding makes."""
-
-    def shake(leaf: Tensor) -> Tensor:
-        return leaf * (1 + torch.finfo(leaf.dtype).eps * torch.randn_like(leaf)) if leaf.is_floating_point() else leaf
-
-    shaken = map_leaves(shake, args)
-    return shaken, function(*shaken)
-
-
-def _compare(found: Any, expected: Any, most: float, each: float, rough: Any = None) -> None:
-    """Raise ValueError where a part of the result is off by more than `most` for half of the tasks, or `each` for one.
-
-    Each part, such as the gradients of all parameters, is measured by its norm; one that is not by task as a whole, by
-    `each`. Where `rough` is given, which differs from `expected` by rounding, more is allowed where it differs more.
-    """
-    parts = _parts(found), _parts(expected), _parts(expected if rough is None else rough)
-    for a, b, c in zip(*parts, strict=True):
-        errors, spread = _errors(a, b), _errors(c, b)
-        if not errors:
-            continue
-        middle = (len(errors) - 1) // 2
-        typical = max(most, min(SPREAD * spread[middle], LARGEST)) if len(errors) > 1 else each
-        if not (errors[middle] <= typical and errors[-1] <= max(each, min(SPREAD * spread[-1], 0.5))):
-            raise ValueError(
-                f"what is traced is off by {errors[-1]:.1e} of its norm, where rounding takes it {spread[-1]:.1e}"
-                if rough is not None
-                else f"what is traced is off by {errors[-1]:.1e} of its norm"
-            )
-
-
-def _errors(found: Tree, expected: Tree) -> list[float]:
-    """How far each task is off, in order of size; one number where the tensors are not by task."""
-    tasks = {len(t) for t in expected.values()}
-    if len(tasks) != 1:
-        return [_error(found, expected)] if expected else []
-    each = range(tasks.pop())
-    return sorted(_error({n: t[i] for n, t in found.items()}, {n: t[i] for n, t in expected.items()}) for i in each)
-
-
-def _parts(result: Any) -> list[Tree]:
-    parts = result if isinstance(result, tuple) else (result,)
-    leaves = ([t for t in flatten(part)[0] if t.is_floating_point() and t.dim()] for part in parts)
-    return [{str(n): t.double() for n, t in enumerate(part)} for part in leaves]
-
-
-def _error(found: Tree, expected: Tree) -> float:
-    error, scale = difference(found, expected)
-    return (error / scale.clamp_min(torch.finfo(scale.dtype).tiny)).item()
+def _compare(found: Any, expected: Any, rough: Any, most: float, each: float) -> None:
+    """Raise ValueError where a part of the result is off by more than is allowed, see `deviation`."""
+    if off := deviation(found, expected, rough, each, most):
+        beside = "" if rough is None else f", where rounding takes it {off[2]:.1e}"
+        raise ValueError(f"what is traced is off by {off[1]:.1e} of its norm{beside}")
 
 
 @cache

@@ -52,7 +52,7 @@ from fomal.run.moved import RefusesMoved
 from fomal.tasks.datamodule import EpisodeDataModule
 from fomal.tasks.episode import Episode, Numbers, refuse_others
 from fomal.utils.checks import of_type, one_of
-from fomal.utils.fingerprint import Snapshot, settings
+from fomal.utils.fingerprint import settings
 from fomal.utils.output import rank_zero_warn
 from fomal.utils.processes import refuse_disagreement
 from fomal.utils.pytree import leaves
@@ -188,20 +188,13 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
             return found._replace(finite=found.is_finite())
 
         name = f"Meta-iterations of {type(self.network).__name__}"
-        return Captured(known_finite, varied, name, self._fixed, capture)
+        return Captured(known_finite, varied, self.network, name, self._fixed, capture)
 
     def _fixed(self) -> Any:
-        """The settings that `gradient_of` depends on."""
+        """The settings that `gradient_of` depends on beside the network."""
         inner = self.train_schedule, settings(self.inner_optimizer)
-        network = Snapshot(self.network, storages=True)
-        return (
-            inner,
-            settings(self.rule),
-            self.objective.losses_used(),
-            self.adapted,
-            self.objective.vectorize,
-            network,
-        )
+        objective = self.objective.losses_used(), self.objective.vectorize
+        return inner, settings(self.rule), objective, self.adapted
 
     def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
         """One meta-iteration: the outer optimiser descends what the rule makes of a meta-batch of adapted tasks."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fomal.engine.tracing import MOST_CHANGES, Tracer
+from fomal.engine.backend import MOST_CHANGES
+from fomal.engine.tracing import Tracer
 from fomal.inner import SGD
 from fomal.inner.objective import Objective
 from fomal.learner.meta_learner import MetaLearner
@@ -116,7 +117,7 @@ def test_a_change_is_seen_by_traces(change: str, parts: Any) -> None:
     tracer = Tracer(network, True)
     before = adapted(network, tracer)
     torch.testing.assert_close(before, adapted(network, None), rtol=1e-12, atol=1e-12)
-    assert tracer._traces
+    assert tracer.ways
     with torch.no_grad():
         CHANGES[change](network)
     expected = adapted(network, None)
@@ -156,14 +157,14 @@ def test_what_is_unchanged_is_traced_once(parts: Any) -> None:
     for mode in (True, False, True, False):
         network.train(mode)
         adapted(network, tracer)
-    assert len(tracer._traces) == 2
-    assert tracer._changes == 0
+    assert len(tracer.ways) == 2
+    assert tracer.changes == 0
 
 
 def test_a_network_that_changes_all_the_time_is_traced_no_more(parts: Any, caplog: pytest.LogCaptureFixture) -> None:
     network = made(parts)
     tracer = Tracer(network, True)
-    tracer._changes = MOST_CHANGES - 1
+    tracer.changes = MOST_CHANGES - 1
     adapted(network, tracer)
     network.scale = 7.0
     torch.testing.assert_close(adapted(network, tracer), adapted(network, None), rtol=1e-12, atol=1e-12)

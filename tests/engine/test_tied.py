@@ -164,7 +164,7 @@ def test_outer_gradients_are_those_of_one_parameter(make: Any, execution: str) -
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13)
     if loop.objective.tracer:
         assert loop.objective.tracer.is_on
-        assert loop.objective.tracer._traces
+        assert loop.objective.tracer.ways
     assert all(network.get_parameter(name) is p for name, p in before.items())  # nothing is left swapped
     for name, p in network.named_parameters():
         assert torch.equal(p, start[name])
@@ -254,6 +254,6 @@ def test_a_copy_of_a_learner_has_its_own_ties_and_traces() -> None:
     learner = MetaLearner(network, Reptile(), SGD(LR), eval=InnerSchedule(1, 5), execution=Execution(traced=True))
     expected = learner.evaluate(episode).logits
     other = copy.deepcopy(learner)
-    assert not other.objective.tracer._traces
+    assert not other.objective.tracer.ways
     assert other.network.decode.weight is other.network.encode.weight
     torch.testing.assert_close(other.evaluate(episode).logits, expected, rtol=1e-10, atol=1e-12)

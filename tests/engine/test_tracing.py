@@ -87,7 +87,7 @@ def test_traces_are_the_functions(name: str, dtype: torch.dtype, caplog: pytest.
             close(quick.predict_inductive(params, x, x[:, :2]), plain.predict_inductive(params, x, x[:, :2]), dtype)
             close(quick.step(optimizer, params, state, x, y, {}), plain.step(optimizer, params, state, x, y, {}), dtype)
     assert not lines(caplog)
-    assert len(tracer._traces) == 5
+    assert len(tracer.ways) == 5
 
 
 def test_the_gradient_by_the_images_is_never_computed() -> None:
@@ -127,7 +127,7 @@ def test_a_traced_run_is_the_plain_one_up_to_rounding(rule: Any, inner: Any) -> 
     (plain, state, figures, _), (quick, quick_state, quick_figures, tracer) = found
     assert tracer is not None
     assert tracer.is_on
-    assert tracer._traces
+    assert tracer.ways
     for name, value in plain.items():
         torch.testing.assert_close(quick[name], value, rtol=1e-8, atol=1e-9)
     close(quick_state, state, torch.float64)
@@ -145,7 +145,7 @@ def test_a_traced_run_that_goes_on_is_the_one_that_did_not_stop(tmp_path: Path) 
     whole = fitted(4)
     fitted(2)
     resumed = fitted(4, tmp_path / "last.ckpt")
-    assert resumed.objective.tracer._traces
+    assert resumed.objective.tracer.ways
     assert_same(weights(resumed), weights(whole))
     assert_same(resumed.carried["second_moment"], whole.carried["second_moment"])
 
@@ -162,7 +162,7 @@ def test_every_autocast_and_mode_has_a_traces_of_its_own(caplog: pytest.LogCaptu
     assert 1e-4 < error / scale < 0.5  # in 16 bits, convolutions too; batch norm over four examples makes more of it
     network.eval()
     close(quick.gradients(params, x, y), plain.gradients(params, x, y), torch.float32)
-    assert len(tracer._traces) == 3
+    assert len(tracer.ways) == 3
 
 
 class Own(nn.Module):
@@ -220,7 +220,7 @@ def test_a_users_own_network_is_traced_where_it_is_said_to_be_the_same(caplog: p
     with caplog.at_level(logging.WARNING):
         found = Objective(network, True, tracer).predict(params, x)
     close(found, Objective(network, True).predict(params, x), torch.float32)
-    assert len(tracer._traces) == 1
+    assert len(tracer.ways) == 1
     assert not lines(caplog)
 
 
@@ -286,5 +286,5 @@ def test_a_compiled_traces_is_the_function(caplog: pytest.LogCaptureFixture) -> 
             args = (SGD(0.1), params, {}, x + turn, y, {})
             close(quick.step(*args), plain.step(*args), torch.float64)
         assert tracer.is_on
-        assert len(tracer._traces) == 1
+        assert len(tracer.ways) == 1
     assert not lines(caplog)

@@ -229,7 +229,7 @@ def test_what_is_traced_says_the_same(name: str, caplog: pytest.LogCaptureFixtur
     phi = tree.detach(dict(network.named_parameters()))
     close(inner.traced("maml", RULES["MAML"], phi)[0], written_out(name, name)["MAML"])
     assert tracer.is_on
-    assert len(tracer._traces) == 1
+    assert len(tracer.ways) == 1
     assert not caplog.records
 
 
@@ -263,7 +263,7 @@ def test_traces_of_one_loss_are_not_used_for_another() -> None:
             objective.loss.delta = delta
         part = objective.for_queries() if delta == 0.2 else objective
         torch.testing.assert_close(part.losses(phi, x, y), expected.detach())
-    assert len(tracer._traces) == 3
+    assert len(tracer.ways) == 3
     assert objective.losses_used() == Objective(network, loss=Huber(0.05), query_loss=Huber(0.2)).losses_used()
     assert objective.losses_used() != Objective(network, loss=Huber(0.2), query_loss=Huber(0.05)).losses_used()
 

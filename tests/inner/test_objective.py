@@ -152,7 +152,7 @@ def test_an_input_with_the_name_of_a_parameter_does_not_hide_it() -> None:
         close(objective.losses(params, x, y), plain.losses(params, x, y))
         close(objective.predict(params, x), plain.predict(params, x))
     assert objective.tracer is not None
-    assert len(objective.tracer._traces) == 2
+    assert len(objective.tracer.ways) == 2
 
 
 def test_16_bit_parameters_meet_tokens_and_numbers() -> None:
