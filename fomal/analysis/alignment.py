@@ -34,8 +34,9 @@ def halves(episode: Episode) -> list[tuple[Tensor, Tensor]]:
     """Two disjoint mini-batches of each task, (T, B, ...): of every class, every other support and query example.
 
     Raises:
-        ValueError: a class has fewer than two examples.
+        ValueError: a class has fewer than two examples, or see `Episode.plain`.
     """
+    episode.plain("gradient alignment")
     parts: list[list[tuple[Tensor, Tensor]]] = [[], []]
     for x, y in ((episode.support_x, episode.support_y), (episode.query_x, episode.query_y)):
         shots = x.shape[1] // episode.blocks  # both sets list their examples class by class

@@ -42,8 +42,9 @@ class Problem:
         """Sample `batches` mini-batches of `batch_size` from the support and query examples of each task.
 
         Raises:
-            ValueError: fewer than two mini-batches, or more examples in one than a task has.
+            ValueError: fewer than two mini-batches, or more examples in one than a task has; or see `Episode.plain`.
         """
+        episode.plain("the expansion of outer gradients")
         examples = episode.support_x.shape[1] + episode.query_x.shape[1]
         if batches < 2:
             raise ValueError(f"batches={batches} must be at least 2: AvgGradInner takes two mini-batches of a task.")

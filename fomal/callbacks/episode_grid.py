@@ -64,7 +64,7 @@ class EpisodeGrid(Callback):
 
     def _draw_part(self, trainer: L.Trainer, part: Part, step: int) -> None:
         learner, data, path = part.learner, part.data, part.folder / "episode.png"
-        episode = data.episodes("val", torch.tensor([self.task]))
+        (_, episode), *_ = data.episodes("val", torch.tensor([self.task])).by_size()
         if episode.is_regression or not is_image(episode.support_x) or not episode.query_y.numel():
             return
         logits = self._logits(trainer, learner, data, episode)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from fomal.callbacks.folder import is_trial, run_folder
 from fomal.callbacks.parts import Part, parts_of
@@ -68,7 +69,14 @@ class AdaptationFigure(Callback):
         learner, path = part.learner, part.folder / "adaptation.png"
         episode = part.data.episodes("val", torch.tensor([self.task])).to(learner.device)
         episode = part.data.on_after_batch_transfer(episode, 0)
-        if not episode.is_regression or episode.query_x.shape[2:] != (1,) or episode.query_y.shape[2:] != (1,):
+        (_, episode), *_ = episode.by_size()
+        tensors = isinstance(episode.query_x, Tensor) and isinstance(episode.query_y, Tensor)
+        if (
+            not tensors
+            or not episode.is_regression
+            or episode.query_x.shape[2:] != (1,)
+            or episode.query_y.shape[2:] != (1,)
+        ):
             rank_zero_warn(NOTHING_DRAWN)
             return
         order = episode.query_x.flatten().argsort()  # lines are drawn from left to right

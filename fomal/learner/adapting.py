@@ -115,7 +115,13 @@ class Adapting(L.LightningModule):
         return {part: tree.to_device(values, device) for part, values in state.items()}
 
     def inner_loop(self, episode: Episode, training: bool, state: State | None = None) -> InnerLoop:
-        """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one."""
+        """The inner loops of `episode`, on the training or the evaluation schedule, from `state` or the carried one.
+
+        Raises:
+            ValueError: the tasks have unequal sizes, a rule lacks a query set, or the network does not fit.
+        """
+        if episode.is_padded:
+            raise ValueError("the tasks of this episode may be of unequal size: take the groups of Episode.by_size().")
         if not self.objective.is_of(self.network, self.loss, self.query_loss):
             self._take_network()
         like = next(p for p in self.network.parameters() if p.is_floating_point())

@@ -24,9 +24,9 @@ _MARGIN = 0.1  # inches
 _LINE = 0.17  # inches, of small text
 
 
-def is_image(x: Tensor) -> bool:
+def is_image(x: object) -> bool:
     """Tell whether examples (T, S, *input) are grey or RGB images."""
-    return x.ndim == 5 and x.shape[2] in (1, 3) and min(x.shape[3:]) > 1
+    return isinstance(x, Tensor) and x.ndim == 5 and x.shape[2] in (1, 3) and min(x.shape[3:]) > 1
 
 
 def draw_episode(path: Path, episode: Episode, logits: Tensor, title: str, shown: int = 5) -> None:

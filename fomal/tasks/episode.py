@@ -164,13 +164,28 @@ class Episode(NamedTuple):
         parts = {name: part for name, part in self._tensors().items() if name in (*FIELDS, "task")}
         return self._replace(**{name: map_leaves(cast, part) for name, part in parts.items()})
 
+    @property
+    def is_padded(self) -> bool:
+        """True where tasks may be of unequal size."""
+        return self.support_size is not None or self.query_size is not None
+
+    def plain(self, what: str) -> Episode:
+        """The episode itself, for work that knows tensors and equal tasks alone.
+
+        Raises:
+            ValueError: inputs or targets are dicts, or tasks have unequal sizes; `what` is the work.
+        """
+        if self.is_padded or not all(isinstance(getattr(self, name), Tensor) for name in FIELDS):
+            raise ValueError(f"{what} needs tasks of equal size, whose inputs and targets are tensors, not dicts.")
+        return self
+
     def by_size(self) -> list[tuple[Tensor | None, Episode]]:
         """The tasks in groups of equal size, without padding, and each group's places; None: all, in their order.
 
         Each task is then computed as it would be by itself, also by networks that look at several examples together,
         as batch norm does.
         """
-        if self.support_size is None and self.query_size is None:
+        if not self.is_padded:
             return [(None, self)]
         given = self.support_size, self.query_size
         most = self.support_examples, self.query_examples

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fomal.callbacks import PredictionsFile
+from fomal.analysis.alignment import halves
+from fomal.callbacks import AdaptationFigure, EpisodeGrid, PredictionsFile
 from fomal.inner import SGD, Adam
 from fomal.inner.loss import Loss
+from fomal.learner.replicas import Replicas
 from fomal.models import MLP, BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.outer.meta_gradient import mean_over_processes
 from fomal.tasks.datamodule import EpisodeDataModule, split_index
 from fomal.tasks.episode import Episode
+from fomal.tasks.replicated import ReplicatedDataModule
 from fomal.utils.pytree import leaves
 from fomal.utils.tree import Tree
 from tests.helpers.learners import StopAfter, assert_same, sine_learner, trainer, weights
@@ -64,7 +67,7 @@ class Ragged(EpisodeDataModule):
         return padded(number.tolist(), self.weighted)._replace(seed=self.seed, split=split_index(split))
 
 
-def network(kind: str) -> nn.Module:
+def network_of(kind: str) -> nn.Module:
     layers = {"norm": [nn.Linear(2, 8), BatchNorm(8), nn.Tanh(), nn.Linear(8, 1)]}
     return nn.Sequential(*layers[kind]) if kind in layers else MLP(2, 1, hidden=[8])
 
@@ -72,7 +75,7 @@ def network(kind: str) -> nn.Module:
 def learner(rule: Any, kind: str, inner: Any = None, **settings: Any) -> Any:
     torch.manual_seed(0)
     settings = {"train": {"steps": 3, "batch_size": 3}} | settings
-    return sine_learner(rule, inner or SGD(0.05), network(kind), **settings).double()
+    return sine_learner(rule, inner or SGD(0.05), network_of(kind), **settings).double()
 
 
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
@@ -254,6 +257,27 @@ def test_tensors_by_name_and_of_the_task_are_as_one_tensor(tmp_path: Path) -> No
     assert found[0][1] == pytest.approx(found[1][1])
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     assert lines[1].split(",")[:3] == ["0", "0", "value.0"]
+
+
+def test_what_knows_equal_tasks_alone_says_so() -> None:
+    made, episode = learner(Reptile(), "mlp"), padded([0, 1])
+    with pytest.raises(ValueError, match=r"may be of unequal size: take the groups of Episode.by_size\(\)"):
+        made.inner_loop(episode, training=True)
+    for wrong in (episode, Named().episodes("train", torch.arange(2))):
+        with pytest.raises(ValueError, match="^gradient alignment needs tasks of equal size, whose inputs and targets"):
+            halves(wrong)
+    made, data = Replicas([learner(Reptile(), "mlp") for _ in range(2)]), ReplicatedDataModule(Ragged(), [0, 1])
+    with pytest.raises(ValueError, match="unequal size or weight do not work with replicas yet: train runs one by one"):
+        trainer(1, precision="64-true").fit(made, datamodule=data)
+
+
+def test_a_run_with_every_drawing_goes_on(tmp_path: Path, recwarn: Any) -> None:
+    for data, network, loss in ((Ragged(), network_of("mlp"), None), (Named(), OfADict(), NamedError())):
+        made = sine_learner(Reptile(), SGD(0.02), network, loss=loss, train={"batch_size": 3}).double()
+        drawings = [AdaptationFigure(), EpisodeGrid(), PredictionsFile()]
+        run = trainer(1, precision="64-true", default_root_dir=tmp_path, callbacks=drawings, val_check_interval=1)
+        run.fit(made, datamodule=data)
+    assert not [w for w in recwarn if "goes on without" in str(w.message)]
 
 
 def test_a_separate_tail_of_unequal_classes_is_refused() -> None:
