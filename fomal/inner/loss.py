@@ -106,11 +106,6 @@ def losses_and_weights(loss: Loss, forward: Forward, x: Data, y: Data) -> tuple[
     return loss(lambda x: at_least_32_bits(forward(x)), x, y), loss.weights(y)
 
 
-def mean_loss(loss: Loss, forward: Forward, x: Data, y: Data) -> Tensor:
-    """The loss of one task's mini-batch, (): x (B, *input) and y (B, *target)."""
-    return mean_over_examples(*losses_and_weights(loss, forward, x, y))
-
-
 def refuse_torchs(**losses: Any) -> None:
     """Raise ValueError, naming the argument, for a loss that is neither a `Loss` nor None."""
     for name, loss in losses.items():

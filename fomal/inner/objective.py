@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fomal.engine.functional import forward, helpers, plain_attention, with_helpers
 from fomal.engine.tracing import Tracer
 from fomal.engine.vectorized import Vectorized, over_tasks
-from fomal.inner.loss import Loss, losses_and_weights, mean_loss, mean_over_examples
+from fomal.inner.loss import Forward, Loss, losses_and_weights, mean_over_examples
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.models.norm import statistics_of_first, uses_support
@@ -237,9 +237,7 @@ class Objective:
         alike = _kinds(support) == _kinds(query)
 
         def one(params: Tree, support: tuple[Data, Data], query: tuple[Data, Data]) -> tuple[Tensor, Tensor]:
-            x, y = query
-            forward = partial(self._forward, params, support=support[0] if alike else None)
-            losses, weights = losses_and_weights(self.loss_of(y), forward, x, y)
+            losses, weights = self._losses(params, *query, support=support[0] if alike else None)
             return losses[0], losses.new_ones(()) if weights is None else weights[0]
 
         each = self._each_query(one)
@@ -269,21 +267,39 @@ class Objective:
             return function(*args)
         return self.tracer(name, function, *args)
 
-    def _forward(self, params: Tree, x: Data, support: Data | None = None) -> Data:
-        """The network's outputs for x (B, *input), in one batch behind the support set (S, *input) if there is one."""
-        if support is None:
-            return forward(self.network, params, x)
-        examples = len(leaves(support)[0])
-        with statistics_of_first(examples):
-            outputs = forward(self.network, params, map_leaves(lambda *parts: torch.cat(parts), support, x))
-        return map_leaves(lambda t: t[examples:], outputs)
+    def _behind(self, params: Tree, x: Data, support: Data) -> tuple[Forward, Data, int]:
+        """The network, x (B, *input) behind the support set (S, *input), and S.
+
+        A loss may take the examples of the batch apart; batch norms know which part of them is the support's.
+        """
+        batch = map_leaves(lambda *parts: torch.cat(parts), support, x)
+        first, total = len(leaves(support)[0]), len(leaves(batch)[0])
+
+        def outputs(x: Data) -> Data:
+            with statistics_of_first(len(leaves(x)[0]) * first // total):
+                return forward(self.network, params, x)
+
+        return outputs, batch, first
 
     def _prediction(self, params: Tree, x: Data, support: Data | None = None) -> Data:
-        forward = partial(self._forward, params, support=support)
-        return forward(x) if self.loss is None else self.loss.predict(forward, x)
+        predict = (lambda forward, x: forward(x)) if self.loss is None else self.loss.predict
+        if support is None:
+            return predict(partial(forward, self.network, params), x)
+        outputs, batch, first = self._behind(params, x, support)
+        return map_leaves(lambda t: t[first:], predict(outputs, batch))
+
+    def _losses(self, params: Tree, x: Data, y: Data, support: Data | None) -> tuple[Tensor, Tensor | None]:
+        """The losses (B,) and weights (B,) of examples, behind the support set if there is one."""
+        loss = self.loss_of(y)
+        if support is None:
+            return losses_and_weights(loss, partial(forward, self.network, params), x, y)
+        outputs, batch, first = self._behind(params, x, support)
+        targets = map_leaves(lambda t: torch.cat([t[:1].expand(first, *t.shape[1:]), t]), y)  # the first are any
+        losses, weights = losses_and_weights(loss, outputs, batch, targets)
+        return losses[first:], None if weights is None else weights[first:]
 
     def _loss(self, params: Tree, x: Data, y: Data, support: Data | None = None) -> Tensor:
-        return mean_loss(self.loss_of(y), partial(self._forward, params, support=support), x, y)
+        return mean_over_examples(*self._losses(params, x, y, support))
 
     def _over_tasks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return over_tasks(function, bool(self.vectorize))

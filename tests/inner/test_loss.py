@@ -32,6 +32,7 @@ from fomal.inner import (
 from fomal.inner.loop import InnerLoop
 from fomal.inner.loss import check_loss, mean_over_examples
 from fomal.inner.objective import Objective
+from fomal.models import BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
 from fomal.tasks.episode import NO_TARGET, Episode
 from fomal.tasks.sampler import minibatch_indices
@@ -324,6 +325,25 @@ def test_predictions_of_pairs_are_judged_as_two_classes() -> None:
         torch.testing.assert_close(result.logits[t], rewards)
         torch.testing.assert_close(result.logits_transductive[t], rewards)
         assert result.accuracy[t] == ((rewards[:, 1] > rewards[:, 0]).long() == y[t]).double().mean()
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_parts_of_pairs_are_normalised_by_the_parts_of_the_supports(vectorize: bool) -> None:
+    network = nn.Sequential(BatchNorm(3, eps=0.0, affine=False, statistics="support"), nn.Linear(3, 1)).double()
+    params = {name: torch.stack([p.detach()] * 2) for name, p in network.named_parameters()}
+    support_x, query_x = (torch.randn(2, n, 2, 3, dtype=torch.float64) for n in (6, 4))  # (T, n, 2, 3)
+    y = torch.tensor([[0, 1, 1, 0]] * 2)
+    objective = Objective(network, vectorize, None, BradleyTerry())
+    support = objective.support_for(support_x, query_x)
+    rewards = []
+    for t in range(2):
+        variance, mean = torch.var_mean(support_x[t].flatten(0, 1), 0, correction=0)
+        rewards.append(network[1]((query_x[t] - mean) / variance.sqrt()).squeeze(-1))  # (Q, 2)
+    torch.testing.assert_close(objective.predict(params, query_x, support), torch.stack(rewards))
+    losses = torch.stack([F.cross_entropy(r, y[t]) for t, r in enumerate(rewards)])
+    torch.testing.assert_close(objective.losses(params, query_x, y, support), losses)
+    one_by_one = objective.losses_inductive(params, (support_x, y[:, :1].expand(-1, 6)), (query_x, y))
+    torch.testing.assert_close(one_by_one, losses)
 
 
 def test_an_accuracy_of_many_labels_leaves_out_those_that_are_none() -> None:
