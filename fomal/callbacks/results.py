@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
 from torch import Tensor
 
@@ -48,7 +49,8 @@ class ResultsFile(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the table after `validate`; in a training, write how its figures are shown."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.loggers and not is_trial(trainer):
+        logs = any(isinstance(one, CSVLogger) for one in trainer.loggers)
+        if trainer.state.fn == "fit" and logs and not trainer.sanity_checking and not is_trial(trainer):
             folder = run_folder(trainer)  # in every process: it broadcasts
             if trainer.is_global_zero:
                 _write_figures(pl_module, folder)
