@@ -151,7 +151,7 @@ def test_step_combination_is_linear_in_its_weights(data):
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     numbers = st.floats(-10, 10)
     weights = st.lists(numbers, min_size=len(problem.indices), max_size=len(problem.indices)).filter(any)
-    v, w, scale = data.draw(weights), data.draw(weights), data.sample(numbers)
+    v, w, scale = data.draw(weights), data.draw(weights), data.draw(numbers)
     both = [scale * a + b for a, b in zip(v, w, strict=True)]
     assume(any(both))
     of_v, of_w, of_both = (problem.gradient(StepCombination(u), optimizer) for u in (v, w, both))
