@@ -114,16 +114,17 @@ class InnerLoop:
     def task_mean(self, t: Tensor) -> Tensor:
         """The mean over the tasks, the first axis of t, each with its weight."""
         if self.episode.weight is None:
-            return t.mean(0)
+            return self.task_sum(t) / self.tasks
         weight = self.episode.weight.to(t.dtype)  # (T,)
-        total: Tensor = torch.tensordot(weight, t, 1)
-        return total / weight.sum().clamp_min(torch.finfo(t.dtype).tiny)
+        whole = self.task_sum(weight).clamp_min(torch.finfo(t.dtype).tiny)
+        total = self.task_sum(t * tree.beside(weight, t))
+        return total / tree.beside(whole, total)
 
     @property
     def weight(self) -> Tensor:
         """The mean weight of the tasks, (); 1 where they have none."""
         weight = self.episode.weight
-        return torch.ones((), device=self.device) if weight is None else weight.mean()
+        return torch.ones((), device=self.device) if weight is None else self.task_sum(weight) / self.tasks
 
     def task_sum(self, t: Tensor) -> Tensor:
         """The sum over the tasks, the first axis of t."""

@@ -45,9 +45,7 @@ class InnerOptimizer(ABC):
 
 def times(rate: float | Tensor, t: Tensor) -> Tensor:
     """`rate` times t (T, ...): a number, (), or one for each task, (T,)."""
-    if not isinstance(rate, Tensor):
-        return rate * t
-    return rate.to(t.dtype).view(-1, *[1] * (t.dim() - 1)) * t if rate.dim() else rate.to(t.dtype) * t
+    return (tree.beside(rate, t) if isinstance(rate, Tensor) else rate) * t
 
 
 def descend(params: Tree, rate: float | Tensor, direction: Tree) -> Tree:

@@ -75,8 +75,8 @@ class Replicas(Guarded):
     def training_step(self, batch: tuple[Episode, ...], batch_idx: int) -> None:
         """One meta-iteration of each replica."""
         learners = list(self)
-        if any(episode.is_padded or episode.weight is not None for episode in batch):
-            raise ValueError("tasks of unequal size or weight do not work with replicas yet: train runs one by one.")
+        if any(episode.is_padded for episode in batch):
+            raise ValueError("tasks of unequal size do not work with replicas yet: train runs one by one.")
         learners[0].seed_for(batch[0].seed + self.global_step * self.trainer.world_size + self.global_rank)
         loops = [learner.inner_loop(episode, training=True) for learner, episode in zip(learners, batch, strict=True)]
         inner = SideBySide.join(loops, self._per_task)

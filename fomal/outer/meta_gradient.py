@@ -27,7 +27,8 @@ class MetaGradient(NamedTuple):
         gradient: the outer gradient, the mean over the tasks that count.
         state: the inner optimiser's state after the last step, the mean over the same tasks.
         losses: (2,), the mean loss on the first and on the last mini-batch.
-        weight: (), the share of the tasks that count, times their mean weight, summed over processes.
+        weight: (), the share of the tasks that count, times their mean weight, summed over processes; of several runs
+            (R,), where tasks have weights.
         skipped: (), the number of tasks that do not.
         finite: (), bool: whether no value is infinite or NaN, where that is known already.
     """
@@ -128,7 +129,7 @@ def mean_over_processes(found: MetaGradient, flags: Tensor) -> tuple[MetaGradien
     """
     if processes() == 1:
         return found, flags
-    weighted = [t * found.weight.to(t.dtype) for t in found.tensors()]
+    weighted = [t * tree.beside(found.weight, t) for t in found.tensors()]
     *sums, weight, skipped, flags = sum_over_processes([*weighted, found.weight, found.skipped, flags])
     means = [_divided(t, weight) for t in sums]
     return found.with_tensors(means)._replace(weight=weight, skipped=skipped), flags
@@ -145,7 +146,7 @@ def mean_over_parts(parts: Iterable[tuple[MetaGradient, float]]) -> MetaGradient
         if share == 1:
             return found
         weight = found.weight.double() * share
-        more = found.with_tensors([t * weight.to(t.dtype) for t in found.tensors()])._replace(weight=weight)
+        more = found.with_tensors([t * tree.beside(weight, t) for t in found.tensors()])._replace(weight=weight)
         if total is None:  # counters are the same in all parts
             total = more
             continue
@@ -158,7 +159,7 @@ def mean_over_parts(parts: Iterable[tuple[MetaGradient, float]]) -> MetaGradient
 
 def _divided(t: Tensor, weight: Tensor) -> Tensor:
     """A sum over tasks by the sum of their weights; 0 where nothing counts."""
-    return t / weight.to(t.dtype).clamp_min(torch.finfo(t.dtype).tiny)
+    return t / tree.beside(weight, t).clamp_min(torch.finfo(t.dtype).tiny)
 
 
 def _mean_over_chunks(rule: OuterRule, inner: InnerLoop, start: Tree, chunks: Chunks) -> MetaGradient:

@@ -15,6 +15,11 @@ def stack(tree: Mapping[str, Tensor], tasks: int) -> Tree:
     return {name: t.expand(tasks, *t.shape) for name, t in tree.items()}
 
 
+def beside(factor: Tensor, t: Tensor) -> Tensor:
+    """A factor, of the shape of t's first axes or (), shaped for arithmetic with t and in its dtype."""
+    return factor.to(t.dtype).view((*factor.shape, *[1] * (t.dim() - factor.dim())))
+
+
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """The difference a - b."""
     return {name: t - b[name] for name, t in a.items()}

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from fomal.analysis.alignment import halves
 from fomal.callbacks import AdaptationFigure, EpisodeGrid, PredictionsFile
+from fomal.engine.chunking import Chunks
 from fomal.inner import SGD, Adam
 from fomal.inner.loss import Loss
 from fomal.learner.replicas import Replicas
+from fomal.learner.side_by_side import SideBySide, optimizer_of_all
 from fomal.models import MLP, BatchNorm
 from fomal.outer import FOMAML, MAML, BinomialMAML, QueryFOMAML, Reptile, StepCombination, TruncatedMAML
-from fomal.outer.meta_gradient import mean_over_processes
+from fomal.outer.meta_gradient import mean_over_processes, meta_gradient
 from fomal.tasks.datamodule import EpisodeDataModule, split_index
 from fomal.tasks.episode import Episode
 from fomal.tasks.replicated import ReplicatedDataModule
@@ -113,6 +115,25 @@ def test_a_weight_of_zero_is_a_task_that_is_not_there() -> None:
         torch.testing.assert_close(g, expected.gradient[name])
     nothing = made.gradient_of(episode._replace(weight=torch.zeros(2)), phi, state)
     assert all(not g.any() for g in nothing.gradient.values())
+
+
+@pytest.mark.parametrize(
+    "rule", [Reptile(), QueryFOMAML(), MAML(), BinomialMAML(1)], ids=lambda rule: type(rule).__name__
+)
+@pytest.mark.parametrize("chunk", [2, 1])
+def test_weights_count_in_each_of_several_runs(rule: Any, chunk: int) -> None:
+    runs = [learner(rule, "mlp", SGD(lr, momentum=0.0)) for lr in (0.05, 0.1)]
+    episodes = [padded(numbers)._replace(support_size=None, query_size=None) for numbers in ([0, 2], [2, 0])]
+    episodes = [episode._replace(weight=WEIGHTS[place : place + 2]) for place, episode in enumerate(episodes)]
+    loops = [run.inner_loop(episode, training=True) for run, episode in zip(runs, episodes, strict=True)]
+    phi = runs[0].initialisation()
+    inner = SideBySide.join(loops, optimizer_of_all([run.inner_optimizer for run in runs]))
+    found = meta_gradient(rule, inner, {name: torch.stack([p, p]) for name, p in phi.items()}, False, Chunks(chunk))
+    for place, (run, episode) in enumerate(zip(runs, episodes, strict=True)):
+        expected = run.gradient_of(episode, phi, run.begun_state())
+        for name, g in expected.gradient.items():
+            torch.testing.assert_close(found.gradient[name][place], g, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.losses[place], expected.losses)
 
 
 def shares_of(rank: int, path: str) -> None:
@@ -267,7 +288,7 @@ def test_what_knows_equal_tasks_alone_says_so() -> None:
         with pytest.raises(ValueError, match="^gradient alignment needs tasks of equal size, whose inputs and targets"):
             halves(wrong)
     made, data = Replicas([learner(Reptile(), "mlp") for _ in range(2)]), ReplicatedDataModule(Ragged(), [0, 1])
-    with pytest.raises(ValueError, match="unequal size or weight do not work with replicas yet: train runs one by one"):
+    with pytest.raises(ValueError, match="unequal size do not work with replicas yet: train runs one by one"):
         trainer(1, precision="64-true").fit(made, datamodule=data)
 
 
