@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fomal.inner.optimizer import SHARED, InnerOptimizer, State, times
 from fomal.utils import tree
-from fomal.utils.checks import nonnegative
+from fomal.utils.checks import nonnegative, one_of
 from fomal.utils.tree import Tree
 
 
@@ -24,6 +25,8 @@ class Adam(InnerOptimizer):
         eps: added to the root of the second moment.
         eps_root: added under the root; above 0 the step is differentiable where a gradient is zero, as MAML needs.
         weight_decay: L2 penalty.
+        epsilon: "torch" adds eps to the root of the second moment after its bias is corrected; "tensorflow" before, as
+            TensorFlow 1's Adam does (the epsilon hat of Kingma & Ba 2015, section 2), and so the released code.
     """
 
     def __init__(
@@ -34,7 +37,9 @@ class Adam(InnerOptimizer):
         eps: float = 1e-8,
         eps_root: float = 0.0,
         weight_decay: float = 0.0,
+        epsilon: Literal["torch", "tensorflow"] = "torch",
     ) -> None:
+        one_of(("torch", "tensorflow"), epsilon=epsilon)
         nonnegative(lr=lr, beta1=beta1, beta2=beta2, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
         for name, beta in {"beta1": beta1, "beta2": beta2}.items():
             if beta >= 1:
@@ -42,6 +47,7 @@ class Adam(InnerOptimizer):
         self.lr: float | Tensor = lr
         self.beta1, self.beta2 = beta1, beta2
         self.eps, self.eps_root, self.weight_decay = eps, eps_root, weight_decay
+        self.epsilon = epsilon
         self.differentiable = eps_root > 0
 
     def init(self, params: Mapping[str, Tensor]) -> State:
@@ -75,7 +81,8 @@ class Adam(InnerOptimizer):
         moved = {}
         for name, p in params.items():
             variance = second[name] + self.eps_root if self.eps_root else second[name]
-            direction = first[name] / (variance.sqrt() * root.to(p.dtype) + self.eps)
+            eps = self.eps if self.epsilon == "torch" else self.eps * root.to(p.dtype)
+            direction = first[name] / (variance.sqrt() * root.to(p.dtype) + eps)
             moved[name] = p - times(step_size, direction)
         return moved, updated
 

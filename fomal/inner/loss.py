@@ -86,6 +86,11 @@ def mean_over_examples(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
 
 
+def sum_over_examples(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of losses (B,), each times its weight (B,)."""
+    return losses.sum() if weights is None else (losses * weights.to(losses.dtype)).sum()
+
+
 def at_least_32_bits(value: Data) -> Data:
     """The same tensors, with 16-bit floating-point numbers as 32-bit ones."""
 

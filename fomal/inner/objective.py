@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fomal.engine.functional import forward, helpers, plain_attention, with_helpers
 from fomal.engine.tracing import Tracer
 from fomal.engine.vectorized import Vectorized, over_tasks
-from fomal.inner.loss import Forward, Loss, losses_and_weights, mean_over_examples
+from fomal.inner.loss import Forward, Loss, losses_and_weights, mean_over_examples, sum_over_examples
 from fomal.inner.loss_of_targets import loss_for
 from fomal.inner.optimizer import InnerOptimizer, State
 from fomal.models.norm import statistics_of_first, uses_support
@@ -52,6 +52,7 @@ class Objective:
         self.network, self.loss, self.query_loss = network, loss, query_loss
         self.tracer, self.vectorize, self.is_given = tracer, vectorize, vectorize is not None
         used = " with ".join(type(part).__name__ for part in (network, loss, query_loss) if part is not None)
+        self.reduction = "mean"
         self._backend = Vectorized(network, used)
         self.unsettle()
 
@@ -87,9 +88,17 @@ class Objective:
     def for_queries(self) -> Objective:
         """The same with the loss of the query sets."""
         if self.query_loss is None:
+            return self.reduced_by("mean")
+        other = copy(self.reduced_by("mean"))
+        other.loss, other.query_loss = self.query_loss, None
+        return other
+
+    def reduced_by(self, reduction: str) -> Objective:
+        """The same with the "mean" or the "sum" of a mini-batch's losses as a task's loss."""
+        if reduction == self.reduction:
             return self
         other = copy(self)
-        other.loss, other.query_loss = self.query_loss, None
+        other.reduction = reduction
         return other
 
     def loss_of(self, y: Data) -> Loss:
@@ -97,8 +106,9 @@ class Objective:
         return loss_for(y) if self.loss is None else self.loss
 
     def losses_used(self) -> tuple[Any, ...]:
-        """All that results depend on of both losses, hashable: equal for equal settings."""
-        return tuple(None if loss is None else settings(loss) for loss in (self.loss, self.query_loss))
+        """All that results depend on of both losses and their reduction, hashable: equal for equal settings."""
+        losses = (None if loss is None else settings(loss) for loss in (self.loss, self.query_loss))
+        return (*losses, self.reduction)
 
     def settle(self, params: Tree, x: Data, y: Data, second_order: bool = False, query: Sequence[Data] = ()) -> None:
         """Decide `vectorize`, unless it was given: try it on two tasks, and compare with the loop; see `Vectorized`.
@@ -299,7 +309,8 @@ class Objective:
         return losses[first:], None if weights is None else weights[first:]
 
     def _loss(self, params: Tree, x: Data, y: Data, support: Data | None = None) -> Tensor:
-        return mean_over_examples(*self._losses(params, x, y, support))
+        reduce = mean_over_examples if self.reduction == "mean" else sum_over_examples
+        return reduce(*self._losses(params, x, y, support))
 
     def _over_tasks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return over_tasks(function, bool(self.vectorize))

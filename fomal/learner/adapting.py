@@ -128,8 +128,9 @@ class Adapting(L.LightningModule):
         episode = episode.with_task_tensors()
         if training and self.rule.needs_query and not episode.query_examples:
             raise ValueError(f"{type(self.rule).__name__} needs a query set, but Episode.query_x has no examples.")
+        schedule = self.train_schedule if training else self.eval_schedule
         inner = InnerLoop(
-            objective=self.objective,
+            objective=self.objective.reduced_by(schedule.reduction),
             optimizer=self.inner_optimizer,
             state=self.begun_state() if state is None else state,
             indices=self._minibatch_indices(episode, training),

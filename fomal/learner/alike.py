@@ -44,6 +44,7 @@ def _check_alone(learner: MetaLearner) -> None:
     """Refuse what a learner has that replicas do not know."""
     for name, given in {
         "adapt": learner.adapted is not None,
+        "inner_state=in_series": learner.inner_state == "in_series",
         "execution.cuda_graph": learner.execution.cuda_graph,
     }.items():
         if given:

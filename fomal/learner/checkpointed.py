@@ -176,7 +176,7 @@ class Checkpointed(Adapting):
         saved = checkpoint["fomal"]
         # With skipped tasks, it may be that none has counted yet.
         has_moved = has_moved and checkpoint["global_step"] > 0 and not saved.get("skipped_tasks")
-        carries = {self.inner_state, saved.get("settings", {}).get("inner_state", "carried")} == {"carried"}
+        carries = "reset" not in (self.inner_state, saved.get("settings", {}).get("inner_state"))
         check_carried(saved["carried"], self.inner_optimizer, adapted, has_moved and carries)
         if resuming:
             check_outer(self._outer, learnt, checkpoint, adapted if has_moved else ())

@@ -42,6 +42,7 @@ from fomal.learner.watch import Watch, refuse_nonfinite_weights
 from fomal.outer.meta_gradient import (
     MetaGradient,
     bad_tasks,
+    gradient_in_series,
     mean_over_parts,
     mean_over_processes,
     meta_gradient,
@@ -73,8 +74,9 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
         network: any module from inputs (B, *input) to outputs as the loss has them, e.g. (B, ways) or (B, *target).
         rule: outer rule, e.g. `fomal.outer.Reptile`.
         inner_optimizer: inner optimiser, e.g. `fomal.inner.Adam`.
-        inner_state: whether the inner optimiser's state is carried from task to task, as in the released code, or
-            reset for each.
+        inner_state: of the inner optimiser: "carried" from meta-batch to meta-batch, where all tasks of one begin with
+            it and their states are averaged; "in_series" also from task to task within one, which then run one after
+            the other, as in the released code; or "reset" for each task.
         adapt: which parameters the inner loop adapts, as patterns of their names, e.g. ["head.*"] or, with an
             exclamation mark for exceptions, ["*", "!*.norm.*"]; null: all.
         train: inner steps on training tasks.
@@ -103,7 +105,7 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
         network: nn.Module,
         rule: OuterRule,
         inner_optimizer: InnerOptimizer,
-        inner_state: Literal["carried", "reset"] = "carried",
+        inner_state: Literal["carried", "in_series", "reset"] = "carried",
         adapt: list[str] | None = None,
         train: InnerSchedule = TRAIN,
         eval: EvalSchedule = EVAL,
@@ -114,7 +116,7 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
         metrics: list[Metric] | None = None,
     ) -> None:
         super().__init__()
-        one_of(("carried", "reset"), inner_state=inner_state)
+        one_of(("carried", "in_series", "reset"), inner_state=inner_state)
         for name, group in {"train": train, "eval": eval, "outer": outer, "execution": execution}.items():
             kind = type(GROUPS[name])
             of_type(InnerSchedule if kind is EvalSchedule else kind, **{name: group})
@@ -161,9 +163,11 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
             phi: the initialisation.
             state: the inner optimiser's.
         """
-        loops, tasks = self._training_loops(batch, state), len(batch.number)
+        loops = self._training_loops(batch, state)
+        if self.inner_state == "in_series":
+            return gradient_in_series(self.rule, loops, phi, self.outer.skips)
         return mean_over_parts(
-            (meta_gradient(self.rule, inner, phi, self.outer.skips, self.chunks), inner.tasks / tasks)
+            (meta_gradient(self.rule, inner, phi, self.outer.skips, self.chunks), inner.tasks / len(batch.number))
             for inner in loops
         )
 
@@ -250,7 +254,7 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
 
     def adopt(self, found: MetaGradient | None) -> None:
         """Give the outer gradient to the parameters, and go on from its inner state; None: no task counts."""
-        if found is not None and self.inner_state == "carried" and found.state:
+        if found is not None and self.inner_state != "reset" and found.state:
             self.carried = found.state
         for name, parameter in self.network.named_parameters():
             gradient = None if found is None else found.gradient.get(name)

@@ -27,17 +27,23 @@ class InnerSchedule:
             without adaptation.
         batch_size: support examples per step.
         replacement: sample each mini-batch independently, rather than in shuffled passes.
+        reduction: "mean" or, as the released code has it, "sum" of a mini-batch's losses, which a step descends. Under
+            Adam with carried state, a sum makes the steps of evaluations shorter where their mini-batches are smaller
+            than those of training.
 
     Raises:
-        ValueError: steps or batch size are no whole numbers, steps negative, batch size less than 1, or absurdly many.
+        ValueError: steps or batch size are no whole numbers, steps negative, batch size less than 1, or absurdly many;
+            another reduction.
     """
 
     steps: int = 5
     batch_size: int = 10
     replacement: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         try:
+            one_of(("mean", "sum"), reduction=self.reduction)
             countable(MANY, steps=self.steps)
             positive(MANY, batch_size=self.batch_size)
         except ValueError as error:
@@ -52,6 +58,7 @@ class EvalSchedule(InnerSchedule):
         steps: see `InnerSchedule`; 0 judges the initialisation as it is.
         batch_size: see `InnerSchedule`.
         replacement: see `InnerSchedule`.
+        reduction: see `InnerSchedule`.
         report_steps: the steps after which each metric is reported too, 0 for before adaptation, e.g. [0, 1, 5]; after
             the last step it always is. Null: each step in regressions, and none in classifications.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,30 @@ def meta_gradient(
     index = torch.tensor([t for t in range(tasks) if t not in bad], device=inner.episode.number.device)
     good = _mean_over_chunks(rule, inner.select(index), start, chunks)
     return good._replace(weight=good.weight * (1 - len(bad) / tasks), skipped=skipped)
+
+
+def gradient_in_series(rule: OuterRule, loops: Sequence[InnerLoop], start: Tree, skip: bool) -> MetaGradient:
+    """Run a meta-batch task by task, the inner optimiser's state going through all of them, as the released code does.
+
+    Args:
+        rule: the outer rule.
+        loops: the inner loops, which begin from one state.
+        start: the initialisation.
+        skip: see `meta_gradient`.
+
+    Returns:
+        As `meta_gradient`, with the state that the last task leaves.
+    """
+    state, tasks = loops[0].state, sum(inner.tasks for inner in loops)
+    parts = []
+    for inner in loops:
+        for place in range(inner.tasks):
+            one = replace(inner.select(slice(place, place + 1)), state=state)
+            found = meta_gradient(rule, one, start, skip)
+            parts.append((found, 1 / tasks))
+            if not skip or found.weight:
+                state = found.state
+    return mean_over_parts(parts)._replace(state=state)
 
 
 def varied(batch: Episode | Numbers, phi: Tree, state: State) -> tuple[Episode | Numbers, Tree, State]:

@@ -319,7 +319,7 @@ def _config(value: Any, entry: str) -> None:
         _CONFIG(value, entry)
 
 
-_STEPS = {"steps": _integer(0), "batch_size": _integer(1), "replacement": _flag}
+_STEPS = {"steps": _integer(0), "batch_size": _integer(1), "replacement": _flag, "reduction": _text}
 _SETTINGS = _mapping(
     {},
     {
