@@ -56,6 +56,8 @@ def check_sizes(tasks: int, batches: int, lr: float) -> None:
     positive(MANY, tasks=tasks, batches=batches)
     if tasks < 3:
         raise ValueError(f"tasks={tasks} must be at least 3: the intervals come from the differences between tasks.")
+    if batches < 2:
+        raise ValueError(f"batches={batches} must be at least 2: AvgGradInner takes two mini-batches of a task.")
     nonnegative(lr=lr)
     if lr == 0:
         raise ValueError(f"lr={lr} must be above 0.")

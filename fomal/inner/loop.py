@@ -114,7 +114,7 @@ class InnerLoop:
     def task_mean(self, t: Tensor) -> Tensor:
         """The mean over the tasks, the first axis of t, each with its weight."""
         if self.episode.weight is None:
-            return self.task_sum(t) / self.tasks
+            return t.mean(0)
         weight = self.episode.weight.to(t.dtype)  # (T,)
         whole = self.task_sum(weight).clamp_min(torch.finfo(t.dtype).tiny)
         total = self.task_sum(t * tree.beside(weight, t))

@@ -195,10 +195,9 @@ class MetaLearner(RefusesMoved, Evaluating, Checkpointed, Guarded):
         return Captured(known_finite, varied, self.network, name, self._fixed, capture)
 
     def _fixed(self) -> Any:
-        """The settings that `gradient_of` depends on beside the network."""
+        """The settings that the result of `gradient_of` depends on beside the network."""
         inner = self.train_schedule, settings(self.inner_optimizer)
-        objective = self.objective.losses_used(), self.objective.vectorize
-        return inner, settings(self.rule), objective, self.adapted
+        return inner, settings(self.rule), self.objective.losses_used(), self.adapted
 
     def training_step(self, batch: Episode | Numbers, batch_idx: int) -> None:
         """One meta-iteration: the outer optimiser descends what the rule makes of a meta-batch of adapted tasks."""

@@ -97,6 +97,10 @@ class SideBySide(InnerLoop):
         each = {name: t[:, None].expand(-1, self.tasks, *t.shape[1:]) for name, t in start.items()}
         return {name: t.flatten(0, 1) for name, t in each.items()}
 
+    def task_mean(self, t: Tensor) -> Tensor:
+        """The mean of t (T, ...) over the tasks of each run, (R, ...), each with its weight."""
+        return t.view(self.runs, -1, *t.shape[1:]).mean(1) if self.episode.weight is None else super().task_mean(t)
+
     def task_sum(self, t: Tensor) -> Tensor:
         """The sum of t (T, ...) over the tasks of each run, (R, ...)."""
         return t.view(self.runs, -1, *t.shape[1:]).sum(1)

@@ -34,6 +34,7 @@ BASES: dict[str, dict[str, Any]] = {
     "ImageFormat": {"height": 8, "width": 8},
     "BatchNorm": {"features": 3},
     "Classifier": {"factory": "fomal.models.Conv4"},
+    "Normalized": {"network": {"class_path": "fomal.models.Conv4"}},
     "StepCombination": {"weights": [1.0, 0.5]},
     "ImageFolderDataModule": {"root": "nowhere"},
     "TasksetDataModule": {"benchmark": "cifarfs"},

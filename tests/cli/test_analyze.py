@@ -88,7 +88,7 @@ def test_what_the_inner_loop_leaves_alone_is_no_part_of_it(config: Path) -> None
     ("args", "message"),
     [
         (("--tasks", "2"), "tasks=2 must be at least 3"),
-        (("--batches", "1"), "model.train.steps=0 leaves"),
+        (("--batches", "1"), "batches=1 must be at least 2"),
         (("--lr", "-1"), "lr=-1.0 must not be negative"),
         (("--lr", "0"), "lr=0.0 must be above 0"),
         (("--model.train.batch_size", "21"), "batch_size=21 must be from 1 to 20"),
