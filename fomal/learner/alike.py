@@ -1,4 +1,4 @@
-"""Which learners can be trained side by side as replicas."""
+"""The likeness of learners that are trained side by side as replicas."""
 
 from __future__ import annotations
 

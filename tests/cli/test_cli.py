@@ -199,14 +199,20 @@ def test_trainer_defaults(printed) -> None:
             ["--model.query_loss={class_path: torch.nn.CrossEntropyLoss}"],
             r"^model.query_loss=.*: a loss of torch's is written fomal.inner.CrossEntropy\.$",
         ),
-        (["--model.inner_state", "reste"], r"^model.inner_state=reste: expected one of 'carried', 'reset'\.$"),
+        (
+            ["--model.inner_state", "reste"],
+            r"^model.inner_state=reste: expected one of 'carried', 'in_series', 'reset'\.$",
+        ),
         (["--config", "{model: {train: {stepz: 3}}}"], r"no option model.train.stepz - did you mean model.train.steps"),
         (["--config", "{data: {init_args: {shotz: 3}}}"], r"no option data.shotz of .* did you mean shots\?"),
         (["--config", "{trainers: {logger: false}}"], r"no option trainers.logger - did you mean trainer.logger\?"),
         (["--config", "{model: ["], r"is not valid YAML"),
         (["--config", "sinusoid/reptil"], r"no shipped config of that name - did you mean sinusoid/reptile"),
         (["--config", "nowhere/x.yaml"], r"no shipped config of that name; the shipped ones are in"),
-        (["--config", "{model: {train: 3}}"], r"^model.train=3 must be a mapping of steps, batch_size, replacement\.$"),
+        (
+            ["--config", "{model: {train: 3}}"],
+            r"^model.train=3 must be a mapping of steps, batch_size, replacement, reduction\.$",
+        ),
         (
             ["--config", "{model: {outer: null}}"],
             r"^model.outer=null must be a mapping of optimizer, schedule, final, ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+FRESH = multiprocessing.get_context("spawn")
 FORK = multiprocessing.get_context("fork")  # Lightning is imported already, which takes seconds
 
 
@@ -34,6 +36,8 @@ class Group:
         out: folder for what they print, in a file for each.
         environment: further variables.
         nodes: how many nodes they say that they are on, each with as many.
+        fresh: start them anew, as users do, rather than as forks of a test's process, whose threads are not theirs;
+            importing Lightning takes seconds in each.
     """
 
     def __init__(
@@ -44,13 +48,15 @@ class Group:
         out: Path,
         environment: dict[str, str] | None = None,
         nodes: int = 1,
+        fresh: bool = False,
     ) -> None:
         port = str(free_port())
         self.logs = [out / f"process{rank}.log" for rank in range(world)]
-        self.processes = []
+        self.processes: list[Any] = []
         for rank in range(world):
             variables = {} if world == 1 else self._variables(rank, world, world // nodes, port)
-            process = FORK.Process(target=_run, args=(target, args, variables | (environment or {}), self.logs[rank]))
+            own = (target, args, variables | (environment or {}), self.logs[rank])
+            process = (FRESH if fresh else FORK).Process(target=_run, args=own)
             process.start()
             self.processes.append(process)
 
@@ -74,6 +80,8 @@ class Group:
             process.join(max(0, end - time.monotonic()))
         for process in self.processes:
             if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGUSR2)  # it says where it is
+                time.sleep(0.5)
                 process.kill()
                 process.join()
         return [process.exitcode for process in self.processes]
@@ -105,5 +113,6 @@ def _run(target: Callable[..., Any], args: tuple[Any, ...], variables: dict[str,
                 handler.stream = sys.stderr
     for number in (signal.SIGINT, signal.SIGTERM):  # not those of the test's own process
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr)
     torch.set_num_threads(1)
     target(*args)

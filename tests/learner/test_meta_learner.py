@@ -250,7 +250,7 @@ def test_frozen_parameters_stay(tmp_path):
         ({"train": {"batch_size": 0}}, "model.train or model.eval: batch_size=0 must be at least 1"),
         ({"eval": {"steps": -1}}, "model.train or model.eval: steps=-1 must not be negative"),
         ({"train": {"steps": 0}}, "model.train.steps=0 leaves Reptile nothing"),
-        ({"inner_state": "kept"}, "inner_state='kept' is unknown: use one of carried, reset"),
+        ({"inner_state": "kept"}, "inner_state='kept' is unknown: use one of carried, in_series, reset"),
         ({"rule": MAML(), "inner": Adam()}, "MAML differentiates through Adam"),
     ],
 )

@@ -204,7 +204,7 @@ def wait_in_a_test(folder: Path) -> None:
 
 
 def test_a_test_that_is_asked_to_stop_does(tmp_path: Path) -> None:
-    group = Group(2, wait_in_a_test, tmp_path, out=tmp_path)
+    group = Group(2, wait_in_a_test, tmp_path, out=tmp_path, fresh=True)
     while len(list(tmp_path.glob("waiting*"))) < 2:
         assert all(process.is_alive() for process in group.processes), group.said()
         time.sleep(0.05)

@@ -80,9 +80,10 @@ def learner(rule: Any, kind: str, inner: Any = None, **settings: Any) -> Any:
     return sine_learner(rule, inner or SGD(0.05), network_of(kind), **settings).double()
 
 
-@pytest.mark.parametrize("kind", ["norm", "mlp"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize("chunk", [None, 1])
+CASES = [(rule, kind, None) for rule in RULES for kind in ("norm", "mlp")] + [(MAML(), "norm", 1), (FOMAML(), "mlp", 1)]
+
+
+@pytest.mark.parametrize(("rule", "kind", "chunk"), CASES, ids=lambda value: getattr(value, "__name__", None))
 def test_a_padded_task_says_what_it_says_alone(rule: Any, kind: str, chunk: int | None) -> None:
     made = learner(rule, kind, execution={"tasks_per_chunk": chunk})
     phi, state = made.initialisation(), made.begun_state()
