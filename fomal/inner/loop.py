@@ -53,7 +53,7 @@ class Trajectory(NamedTuple):
 
 
 def gather_examples(x: Data, index: Tensor) -> Data:
-    """Data `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
+    """Examples `index` (T, B) of each task of x (T, S, ...): (T, B, ...)."""
     rows = torch.arange(len(index), device=index.device)[:, None]
     return map_leaves(lambda t: t[rows, index], x)
 

@@ -96,7 +96,7 @@ def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _normalized(x: Tensor, of: Tensor, eps: float) -> Tensor:
-    """X (B, C, ...) less the mean, and by the standard deviation, that each channel has in `of` (n, C, ...)."""
+    """Normalise x (B, C, ...) by the mean and the standard deviation that each channel has in `of` (n, C, ...)."""
     axes = [0, *range(2, of.dim())]
     variance, mean = torch.var_mean(of, axes, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + eps)
